@@ -1,0 +1,25 @@
+"""SwiGLU: one half of the hidden layer gates the other.
+
+Paper   DeepSeek-V3 (arXiv:2412.19437), Eq. 12 (FFN); SwiGLU, arXiv:2002.05202.
+Dims    D width, F hidden width (`inter_dim`; for shared experts `n_shared_experts * moe_inter_dim`).
+Book    book/02_model.ipynb             Kernel  none
+"""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minids.linear import Linear
+
+
+class SwiGLU(nn.Module):
+    """W_down( silu(W_gate x) * W_up x )."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w_gate = Linear(dim, hidden_dim)
+        self.w_up = Linear(dim, hidden_dim)
+        self.w_down = Linear(hidden_dim, dim)
+
+    def forward(self, x: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
+        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))

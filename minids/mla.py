@@ -1,0 +1,129 @@
+"""Latent attention: all heads' keys and values come from one small vector, and only it is remembered.
+
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 2.1.1, Eqs. 1-11; absorbed form: DeepSeek-V2 (arXiv:2405.04434), 2.1.2.
+Dims    B batch, T queries, S keys, D width, H heads, N R V head widths, C KV latent, Q query latent.
+Book    book/04_mla.ipynb, book/05_absorb.ipynb   Kernel  none
+Differs two pairs of matrices are stored as one, as in DeepSeek's release: W^DKV with W^KR (`w_dkv`),
+        W^UQ with W^QR (`w_uq`, head by head), W^UK with W^UV (`w_ukv`, head by head).
+        Both latents are normalised (section 4.2; not in the equations), the rotary key is not.
+"""
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Complex, Float
+from torch import Tensor, nn
+
+from minids.attention import attention_weights
+from minids.cache import CacheLayer
+from minids.config import Config
+from minids.linear import Linear
+from minids.norm import RMSNorm
+from minids.rope import rotate, softmax_scale
+
+
+def absorbing_is_cheaper(cfg: Config, queries: int, keys: int) -> bool:
+    """Compare multiply-adds a head: absorb W^UK and W^UV into the queries, or expand every key?"""
+    nope, rope, value, latent = (
+        cfg.qk_nope_head_dim,
+        cfg.qk_rope_head_dim,
+        cfg.v_head_dim,
+        cfg.kv_lora_rank,
+    )
+    absorb = queries * latent * (nope + value) + queries * keys * (2 * latent + rope)
+    expand = keys * latent * (nope + value) + queries * keys * (nope + rope + value)
+    return absorb < expand
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention, naive (keys and values expanded) and absorbed, side by side."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.scale = softmax_scale(cfg)
+        q_dim = cfg.n_heads * cfg.qk_head_dim
+        if cfg.q_lora_rank:
+            self.w_dq = Linear(cfg.dim, cfg.q_lora_rank)
+            self.q_norm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps)
+            self.w_uq = Linear(cfg.q_lora_rank, q_dim)
+        else:
+            self.w_q = Linear(cfg.dim, q_dim)
+        self.w_dkv = Linear(cfg.dim, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+        self.kv_norm = RMSNorm(cfg.kv_lora_rank, cfg.norm_eps)
+        self.w_ukv = Linear(cfg.kv_lora_rank, cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim))
+        self.w_o = Linear(cfg.n_heads * cfg.v_head_dim, cfg.dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        phase: Complex[Tensor, "#B T R_half"],
+        mask: Bool[Tensor, "#B T S"] | None,
+        cache: CacheLayer | None = None,
+        absorb: bool | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Attend; `absorb=None` takes the form with fewer multiply-adds, both give the same result."""
+        q_nope, q_rope = self.queries(x, phase)
+        latent = self.latents(x, phase)
+        if cache is not None:
+            latent = cache.append(latent)
+        if absorb is None:
+            absorb = absorbing_is_cheaper(self.cfg, x.shape[1], latent.shape[1])
+        attend = self.attend_absorbed if absorb else self.attend_naive
+        o = attend(q_nope, q_rope, latent, mask)
+        return self.w_o(rearrange(o, "b t h v -> b t (h v)"))  # Eq. 11
+
+    def queries(
+        self, x: Float[Tensor, "B T D"], phase: Complex[Tensor, "#B T R_half"]
+    ) -> tuple[Float[Tensor, "B T H N"], Float[Tensor, "B T H R"]]:
+        """Return each head's query without position and its rotated part."""
+        q = self.w_uq(self.q_norm(self.w_dq(x))) if self.cfg.q_lora_rank else self.w_q(x)  # Eq. 6, 7
+        q = rearrange(q, "b t (h d) -> b t h d", h=self.cfg.n_heads)
+        q_nope, q_rope = q.split([self.cfg.qk_nope_head_dim, self.cfg.qk_rope_head_dim], dim=-1)
+        return q_nope, rotate(q_rope, phase)  # Eq. 8, 9
+
+    def latents(
+        self, x: Float[Tensor, "B T D"], phase: Complex[Tensor, "#B T R_half"]
+    ) -> Float[Tensor, "B T CR"]:
+        """Return what is cached: the normalised latent c_kv, then the one rotated key of all heads."""
+        c_kv, k_rope = self._split_latent(self.w_dkv(x))  # Eq. 1
+        return torch.cat([self.kv_norm(c_kv), rotate(k_rope, phase)], dim=-1)  # Eq. 3
+
+    def attend_naive(
+        self,
+        q_nope: Float[Tensor, "B T H N"],
+        q_rope: Float[Tensor, "B T H R"],
+        latent: Float[Tensor, "B S CR"],
+        mask: Bool[Tensor, "#B T S"] | None,
+    ) -> Float[Tensor, "B T H V"]:
+        """Expand every head's keys and values from the latent, then attend as MHA does."""
+        c_kv, k_rope = self._split_latent(latent)
+        kv = rearrange(self.w_ukv(c_kv), "b s (h d) -> b s h d", h=self.cfg.n_heads)  # Eq. 2, 5
+        k_nope, v = kv.split([self.cfg.qk_nope_head_dim, self.cfg.v_head_dim], dim=-1)
+        score = einsum(q_nope, k_nope, "b t h n, b s h n -> b h t s")
+        score = score + einsum(q_rope, k_rope, "b t h r, b s r -> b h t s")  # Eq. 4
+        weight = attention_weights(score * self.scale, mask)
+        return einsum(weight, v, "b h t s, b s h v -> b t h v")  # Eq. 10
+
+    def attend_absorbed(
+        self,
+        q_nope: Float[Tensor, "B T H N"],
+        q_rope: Float[Tensor, "B T H R"],
+        latent: Float[Tensor, "B S CR"],
+        mask: Bool[Tensor, "#B T S"] | None,
+    ) -> Float[Tensor, "B T H V"]:
+        """Fold W^UK into the queries and W^UV into the output: MQA over the latent itself."""
+        c_kv, _ = self._split_latent(latent)
+        w_ukv = rearrange(self.w_ukv.weight, "(h d) c -> h c d", h=self.cfg.n_heads)
+        w_uk, w_uv = w_ukv.split([self.cfg.qk_nope_head_dim, self.cfg.v_head_dim], dim=-1)
+        q_latent = einsum(q_nope, w_uk, "b t h n, h c n -> b t h c")
+        q = torch.cat([q_latent, q_rope], dim=-1)
+        score = einsum(q, latent, "b t h c, b s c -> b h t s")
+        weight = attention_weights(score * self.scale, mask)
+        z = einsum(weight, c_kv, "b h t s, b s c -> b t h c")
+        return einsum(z, w_uv, "b t h c, h c v -> b t h v")
+
+    def _split_latent(
+        self, latent: Float[Tensor, "B S CR"]
+    ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"]]:
+        c_kv, k_rope = latent.split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], dim=-1)
+        return c_kv, k_rope

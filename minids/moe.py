@@ -1,0 +1,111 @@
+"""Mixture of experts: every token visits its K experts, no token is dropped.
+
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 2.1.2, Eq. 12; DeepSeekMoE, arXiv:2401.06066.
+Dims    BT tokens, D width, E routed experts, K experts a token, F expert width.
+Book    book/07_moe.ipynb               Kernel  none
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from minids.balance import auxiliary_loss, expert_load, sequence_loss
+from minids.config import Config
+from minids.ffn import SwiGLU
+from minids.router import Router
+
+
+class Routed(NamedTuple):
+    """What training needs to know of one MoE layer's routing; outputs, so that recomputation is free."""
+
+    load: Int[Tensor, " E"]  # tokens a routed expert received
+    balance_loss: Float[Tensor, ""]  # weighted by the config's alphas
+
+
+class Experts(nn.Module):
+    """The E routed experts, stacked; gate and up projection lie side by side."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        experts, width, hidden = cfg.n_routed_experts, cfg.dim, cfg.moe_inter_dim
+        self.w_gate_up = nn.Parameter(torch.empty(experts, 2, hidden, width))
+        self.w_down = nn.Parameter(torch.empty(experts, width, hidden))
+
+    def forward(
+        self, x: Float[Tensor, "BT D"], gate: Float[Tensor, "BT K"], ids: Int[Tensor, "BT K"]
+    ) -> Float[Tensor, "BT D"]:
+        """Sort the BT*K visits by expert, run each non-empty expert once, put the results back."""
+        top_k = ids.shape[-1]
+        order = rearrange(ids, "bt k -> (bt k)").argsort(stable=True)
+        place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
+        visits = x.index_select(0, order // top_k)  # rows of one expert are neighbours now
+        counts = expert_load(ids, len(self.w_down)).tolist()
+        weights = zip(self.w_gate_up.unbind(0), self.w_down.unbind(0), strict=True)
+        done = [
+            run_expert(rows, w_gate_up, w_down)
+            for rows, (w_gate_up, w_down) in zip(visits.split(counts), weights, strict=True)
+            if len(rows)
+        ]
+        y = rearrange(torch.cat(done).index_select(0, place), "(bt k) d -> bt k d", k=top_k)
+        return einsum(gate.to(y.dtype), y, "bt k, bt k d -> bt d")
+
+
+def run_expert(
+    x: Float[Tensor, "rows D"], w_gate_up: Float[Tensor, "2 F D"], w_down: Float[Tensor, "D F"]
+) -> Float[Tensor, "rows D"]:
+    """SwiGLU with given weights."""
+    gate, up = F.linear(x, rearrange(w_gate_up, "two f d -> (two f) d")).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, w_down)
+
+
+def dense_loop(
+    experts: Experts, x: Float[Tensor, "BT D"], gate: Float[Tensor, "BT K"], ids: Int[Tensor, "BT K"]
+) -> Float[Tensor, "BT D"]:
+    """The reference of Experts: every expert sees every token, those not chosen weigh 0 (Eq. 12, 14)."""
+    weight = torch.zeros(len(x), len(experts.w_down), dtype=gate.dtype, device=x.device)
+    weight = weight.scatter(-1, ids, gate).to(x.dtype)
+    y = torch.zeros_like(x)
+    for e, (w_gate_up, w_down) in enumerate(zip(experts.w_gate_up, experts.w_down, strict=True)):
+        y = y + weight[:, e, None] * run_expert(x, w_gate_up, w_down)
+    return y
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared ones, which are one SwiGLU of `n_shared_experts` times the width."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.router = Router(cfg)
+        self.experts = Experts(cfg)
+        width = cfg.n_shared_experts * cfg.moe_inter_dim
+        self.shared = SwiGLU(cfg.dim, width) if width else None
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], stats: bool = False
+    ) -> tuple[Float[Tensor, "B T D"], Routed | None]:
+        """Return the layer's output and, if `stats` are asked for, its load and balance loss."""
+        tokens = rearrange(x, "b t d -> (b t) d")
+        gate, ids, score = self.router(tokens)
+        y = rearrange(self.experts(tokens, gate, ids), "(b t) d -> b t d", b=len(x))
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, self._routed(ids, score, len(x)) if stats else None
+
+    def _routed(
+        self, ids: Int[Tensor, "BT K"], score: Float[Tensor, "BT E"], batch: int
+    ) -> Routed:
+        loss = score.new_zeros(())
+        rows = "(b t) e -> b t e"
+        if self.cfg.seq_loss_alpha:
+            score_rows = rearrange(score, rows, b=batch)
+            alpha = self.cfg.seq_loss_alpha
+            loss = loss + alpha * sequence_loss(score_rows, self.cfg.n_activated_experts)  # Eq. 17
+        if self.cfg.aux_loss_alpha:
+            score_rows, ids_rows = rearrange(score, rows, b=batch), rearrange(ids, rows, b=batch)
+            loss = loss + self.cfg.aux_loss_alpha * auxiliary_loss(score_rows, ids_rows)
+        return Routed(expert_load(ids, score.shape[-1]), loss)

@@ -1,0 +1,24 @@
+"""RMSNorm: divide by the root mean square, then scale each channel.
+
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.2 (also on both latents); RMSNorm, arXiv:1910.07467.
+Dims    D any normalised width (model width, query latent, KV latent).
+Book    book/02_model.ipynb             Kernel  none
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Normalise the last axis in FP32, return the input's dtype."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
+        wide = x.float()
+        unit = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return self.gain * unit.to(x.dtype)
