@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minids.config import Config
+from minids.config import Config, preset
 from minids.model import Transformer
 
 # bytes a parameter: (weights, master weights, gradients, both Adam moments); FP8 as report 3.3.3
@@ -174,13 +174,20 @@ def table(cfg: Config, counts: Counts, tokens: float, tflops: float, usd: float)
     rows.append(
         ("  training", f"{counts.flops_training:,}", f"{counts.flops_training / 1e9:.4g} GFLOP")
     )
-    rows.append(("memory to train the main model", "", ""))
+    rows.append(
+        ("memory to train the main model", "GiB", "weights + master + gradients + optimiser")
+    )
     for precision, sizes in counts.training_bytes.items():
-        parts = " + ".join(f"{size / 2**30:,.4g}" for size in sizes.values())
-        rows.append((f"  {precision}", f"{sum(sizes.values()) / 2**30:,.4g} GiB", parts))
+        parts = " + ".join(f"{size / 2**30:,.1f}" for size in sizes.values())
+        rows.append((f"  {precision}", f"{sum(sizes.values()) / 2**30:,.1f}", parts))
     hours = counts.gpu_hours(tokens, tflops)
-    rows.append((f"training on {tokens:.4g} tokens at {tflops:.4g} TFLOP/s", "", ""))
-    rows.append(("  GPU-hours", f"{hours:,.4g}", f"${usd * hours:,.4g} at ${usd:g} an hour"))
+    rows.append((f"training on {short(tokens)} tokens at {tflops:g} TFLOP/s", "", ""))
+    rows.append(("  GPU-hours", f"{hours:,.0f}", f"${usd * hours:,.0f} at ${usd:g} an hour"))
+    if cfg == preset("v3"):
+        told = sum(REPORTED_HOURS.values())
+        rows.append(
+            ("  reported (Table 1), with later stages", f"{told:,}", f"${2 * told:,} at $2")
+        )
     left, middle = max(len(a) for a, _, _ in rows), max(len(b) for _, b, _ in rows)
     return "\n".join(f"{a:{left}}  {b:>{middle}}  {c}".rstrip() for a, b, c in rows)
 
