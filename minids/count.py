@@ -168,21 +168,21 @@ def table(cfg: Config, counts: Counts, tokens: float, tflops: float, usd: float)
         )
     )
     rows.append((f"FLOPs a token, {counts.seq_len:,} tokens of context", "", ""))
-    rows.append(
-        ("  forward", f"{counts.flops_forward:,}", f"{counts.flops_forward / 1e9:.4g} GFLOP")
-    )
-    rows.append(
-        ("  training", f"{counts.flops_training:,}", f"{counts.flops_training / 1e9:.4g} GFLOP")
-    )
-    rows.append(
-        ("memory to train the main model", "GiB", "weights + master + gradients + optimiser")
-    )
+    rows.append(("  forward", f"{counts.flops_forward:,}", f"{short(counts.flops_forward)}"))
+    rows.append(("  training", f"{counts.flops_training:,}", f"{short(counts.flops_training)}"))
+    rows.append(("memory to train the main model", "", "weights + master + gradients + optimiser"))
     for precision, sizes in counts.training_bytes.items():
-        parts = " + ".join(f"{size / 2**30:,.1f}" for size in sizes.values())
-        rows.append((f"  {precision}", f"{sum(sizes.values()) / 2**30:,.1f}", parts))
+        parts = " + ".join(binary(size) for size in sizes.values())
+        rows.append((f"  {precision}", binary(sum(sizes.values())), parts))
     hours = counts.gpu_hours(tokens, tflops)
     rows.append((f"training on {short(tokens)} tokens at {tflops:g} TFLOP/s", "", ""))
-    rows.append(("  GPU-hours", f"{hours:,.0f}", f"${usd * hours:,.0f} at ${usd:g} an hour"))
+    rows.append(
+        (
+            "  GPU-hours",
+            f"{hours:,.3g}" if hours < 100 else f"{hours:,.0f}",
+            f"${usd * hours:,.2f} at ${usd:g} an hour",
+        )
+    )
     if cfg == preset("v3"):
         told = sum(REPORTED_HOURS.values())
         rows.append(
@@ -198,3 +198,11 @@ def short(n: float) -> str:
         if n >= 10**power:
             return f"{n / 10**power:.2f} {letter}"
     return f"{n:g}"
+
+
+def binary(n_bytes: int) -> str:
+    """Return bytes in the largest of KiB, MiB, GiB, TiB (powers of two) that keeps a whole number."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if n_bytes >= 2**power:
+            return f"{n_bytes / 2**power:.2f} {unit}"
+    return f"{n_bytes} B"
