@@ -1,0 +1,206 @@
+"""Our model against transformers on random weights, config by config, tensor by tensor."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import oracle
+import pytest
+import torch
+from oracle import Oracle, relative_error
+from torch import Tensor
+
+from minids import Config, Transformer
+
+# FP32 rounds at 6e-8; through a few layers of sums in another order a tensor's relative error reaches
+# a few 1e-6. A wrong formula shows at 1e-3 or more.
+TOLERANCE = 1e-5
+
+BASE = dict(
+    vocab_size=61, dim=48, n_layers=3, n_dense_layers=1, inter_dim=64, moe_inter_dim=24,
+    n_heads=4, q_lora_rank=20, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8,
+    v_head_dim=12, original_seq_len=64, max_seq_len=64, n_routed_experts=8, n_activated_experts=3,
+    n_expert_groups=4, n_limited_groups=2, route_scale=2.5, seq_loss_alpha=0.0, mtp_depth=1,
+    init_std=0.15,
+)  # fmt: skip
+V2 = dict(score_func="softmax", norm_topk=False, group_score="max")
+YARN = dict(rope_factor=4.0, original_seq_len=16, rope_theta=1000.0)
+
+# seq_loss_alpha is 0 in all: transformers has no balance loss to compare with
+CONFIGS = {
+    "v3": {},
+    "no_query_latent": dict(q_lora_rank=0, n_expert_groups=1, n_limited_groups=1, n_dense_layers=0),
+    "yarn_3_dense": dict(YARN, n_layers=4, n_dense_layers=3, n_expert_groups=2, n_limited_groups=1),
+    "no_shared": dict(n_shared_experts=0, n_expert_groups=2, n_limited_groups=2, route_scale=1.0),
+    "two_shared_mtp_2": dict(n_shared_experts=2, mtp_depth=2, n_dense_layers=0),
+    "negative_bias": dict(n_limited_groups=1, n_activated_experts=2),
+    "yarn_mtp_2": dict(YARN, mtp_depth=2, q_lora_rank=0, n_shared_experts=0, mscale=0.707),
+    "odd_widths": dict(vocab_size=37, dim=21, n_heads=3, q_lora_rank=7, kv_lora_rank=5,
+                       qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=5, inter_dim=13,
+                       moe_inter_dim=9, n_routed_experts=6, n_expert_groups=2, n_limited_groups=1,
+                       init_std=0.3),
+    "not_normalised": dict(norm_topk=False, n_routed_experts=16, n_activated_experts=6),
+    "all_experts": dict(n_activated_experts=8, n_limited_groups=4, n_dense_layers=0),
+    "dense": dict(n_dense_layers=3, mtp_depth=0),
+    "v2": dict(V2, route_scale=16.0, n_shared_experts=2),
+    "v2_lite": dict(V2 | YARN, q_lora_rank=0, n_expert_groups=1, n_limited_groups=1, mscale=0.707,
+                    n_shared_experts=2, route_scale=1.0, mtp_depth=0),
+}  # fmt: skip
+BIAS_MEAN = {"negative_bias": -3.0}  # below every sigmoid: groups masked with 0 would win
+WITH_MTP = [name for name, changes in CONFIGS.items() if (BASE | changes)["mtp_depth"]]
+
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+class Pair(NamedTuple):
+    model: Transformer
+    oracle: Oracle
+    tokens: Tensor
+
+
+@lru_cache
+def pair(name: str) -> Pair:
+    """Return a model with weights that all matter, its oracle, and text longer than YaRN's original."""
+    cfg = Config(**BASE | CONFIGS[name])
+    model = Transformer(cfg, seed=1)
+    draw = torch.Generator().manual_seed(2)
+    for parameter_name, weight in model.named_parameters():
+        if parameter_name.endswith("gain"):
+            weight.data.normal_(1.0, 0.3, generator=draw)
+    for router in model.routers:
+        if router.bias is not None:
+            router.bias.normal_(BIAS_MEAN.get(name, 0.0), 0.3, generator=draw)
+    tokens = torch.randint(cfg.vocab_size, (2, 41), generator=draw)
+    return Pair(model, Oracle(model), tokens)
+
+
+def test_configs_cover_every_variant():
+    configs = [Config(**BASE | changes) for changes in CONFIGS.values()]
+    covered = {
+        "query latent": {cfg.q_lora_rank > 0 for cfg in configs},
+        "groups": {cfg.n_expert_groups for cfg in configs},
+        "YaRN": {cfg.rope_factor > 1 for cfg in configs},
+        "shared experts": {cfg.n_shared_experts for cfg in configs},
+        "dense layers": {cfg.n_dense_layers for cfg in configs},
+        "MTP": {cfg.mtp_depth for cfg in configs},
+        "scores": {cfg.score_func for cfg in configs},
+    }
+    assert covered == {
+        "query latent": {True, False},
+        "groups": {1, 2, 4},
+        "YaRN": {True, False},
+        "shared experts": {0, 1, 2},
+        "dense layers": {0, 1, 3},
+        "MTP": {0, 1, 2},
+        "scores": {"sigmoid", "softmax"},
+    }
+    assert all(cfg.original_seq_len < 40 for cfg in configs if cfg.rope_factor > 1)
+
+
+@every_config
+def test_logits(name: str):
+    model, theirs, tokens = pair(name)
+    assert relative_error(model(tokens), theirs.logits(tokens)) <= TOLERANCE
+
+
+@every_config
+def test_cached_decoding(name: str):
+    """Prefill, one token at a time, then several at once, each side with its own cache."""
+    model, theirs, tokens = pair(name)
+    chunks = [9, *[1] * 12, 5, 15]
+    expected = theirs.decode(tokens, chunks).split(chunks, dim=1)
+    cache = model.new_cache(batch=2, capacity=41)
+    for part, logits in zip(tokens.split(chunks, dim=1), expected, strict=True):
+        assert relative_error(model(part, cache=cache), logits) <= TOLERANCE
+
+
+@every_config
+def test_losses(name: str):
+    model, theirs, tokens = pair(name)
+    losses = model.losses(tokens)
+    ours = torch.cat([losses.main[None], losses.mtp])
+    for mine, its in zip(ours, theirs.losses(tokens), strict=True):
+        assert relative_error(mine, its) <= TOLERANCE
+
+
+@every_config
+def test_gradient_of_every_parameter(name: str):
+    model, theirs, tokens = pair(name)
+    model.zero_grad()
+    model.losses(tokens).total(mtp_weight=0.3).backward()
+    expected = theirs.gradients(tokens, mtp_weight=0.3)
+    assert expected.keys() == dict(model.named_parameters()).keys()
+    for parameter_name, weight in model.named_parameters():
+        grad = expected[parameter_name].reshape(weight.shape)
+        assert weight.grad is not None, f"{parameter_name} has no gradient"
+        error = relative_error(weight.grad, grad)
+        assert error <= TOLERANCE, f"{parameter_name} is off by {error:.1e}"
+        assert grad.any(), f"{parameter_name} does not matter: the comparison is empty"
+        idle = (grad == 0).flatten(1).all(1) if grad.ndim > 1 else grad == 0
+        assert not weight.grad[idle].any(), f"{parameter_name}: zero there, not here"
+
+
+def test_gradient_of_an_unused_expert_is_exactly_zero():
+    """Few tokens leave experts and words untouched; both sides agree on which."""
+    model, theirs, tokens = pair("not_normalised")
+    model.zero_grad()
+    model.losses(tokens[:1, :4]).total(mtp_weight=0.3).backward()
+    expected = theirs.gradients(tokens[:1, :4], mtp_weight=0.3)
+    for name in ("embed", "layers.1.ffn.experts.w_gate_up", "mtp.0.block.ffn.experts.w_down"):
+        grad = model.get_parameter(name).grad
+        assert grad is not None
+        idle = (expected[name] == 0).flatten(1).all(1)
+        assert idle.any(), f"every row of {name} was used: the test shows nothing"
+        assert torch.equal((grad == 0).flatten(1).all(1), idle), name
+
+
+@pytest.mark.parametrize("name", WITH_MTP)
+def test_mtp_hidden_states(name: str):
+    model, theirs, tokens = pair(name)
+    with torch.no_grad():
+        hidden = model.hidden(tokens[:, :-1])
+        ours = [hidden]
+        for k, module in enumerate(model.mtp, start=1):
+            ids = tokens[:, k:-1]
+            phase, visible = model.positions(*ids.shape, offset=k)
+            hidden, _ = module(hidden[:, :-1], model.embed[ids], phase, visible)
+            ours.append(hidden)
+        expected = theirs.hidden_states(tokens)
+    for mine, its in zip(ours, expected, strict=True):
+        assert relative_error(mine, its) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", WITH_MTP)
+@torch.no_grad()
+def test_drafts(name: str):
+    """The main model's next token, then each module's, reading the draft of the one before."""
+    model, theirs, tokens = pair(name)
+    drafted, logits = theirs.drafts(tokens)
+    hidden = model.hidden(tokens)
+    chain = [model.head(hidden[:, -1:]).argmax(-1)]
+    ids = tokens
+    for k, module in enumerate(model.mtp, start=1):
+        ids = torch.cat([ids[:, 1:], chain[-1]], dim=1)
+        phase, visible = model.positions(*ids.shape, offset=k)
+        hidden, _ = module(hidden, model.embed[ids], phase, visible)
+        last = model.head(hidden[:, -1:])
+        assert relative_error(last, logits[:, k - 1 : k]) <= TOLERANCE
+        chain.append(last.argmax(-1))
+    assert torch.equal(torch.cat(chain, dim=1), drafted)
+
+
+def test_negative_bias_would_show_masking_with_zero():
+    """Every biased score is below 0, so experts of a group masked with 0 would beat the kept ones."""
+    model, _, tokens = pair("negative_bias")
+    router = model.routers[0]
+    x = torch.randn(200, model.cfg.dim, generator=torch.Generator().manual_seed(3))
+    _, ids, score = router(x)
+    assert (score + router.bias).max() < 0
+    groups = ids // model.cfg.experts_per_group
+    assert (groups == groups[:, :1]).all(), "n_limited_groups is 1"
+
+
+def test_oracle_refuses_what_transformers_cannot_compute():
+    with pytest.raises(ValueError, match="1e-6"):
+        oracle.hf_config(Config(**BASE | dict(norm_eps=1e-5)))
+    with pytest.raises(ValueError, match="one expert a group"):
+        oracle.hf_config(Config(**BASE | dict(n_expert_groups=8, n_limited_groups=4)))
