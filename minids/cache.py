@@ -1,6 +1,6 @@
 """The KV cache: what attention must remember of a token, once a layer, and how to forget it.
 
-Paper   DeepSeek-V3 (arXiv:2412.19437), section 2.1.1: for MLA only c_kv and k_rope, 576 numbers at V3 size.
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 2.1.1: for MLA c_kv and k_rope, 576 numbers in V3.
 Dims    B rows, S slots (slot = position), W numbers a token a layer (`Config.cache_dim`).
 Book    book/03_cache.ipynb             Kernel  none
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 class Cache:
     """Slots for `capacity` tokens a row; rows may have different lengths, always from slot 0 on.
 
-    Cached values carry no gradient. Slots at or past a row's length hold leftovers: a causal mask hides
-    them, because slot numbers are positions.
+    Cached values carry no gradient. Slots at or past a row's length hold leftovers: a causal mask
+    hides them, because slot numbers are positions.
     """
 
     def __init__(self, layers: int, batch: int, capacity: int, width: int, like: Tensor):
@@ -50,17 +50,17 @@ class Cache:
         """Raise ValueError when `new_tokens` more tokens a row do not fit."""
         if max(self.lengths) + new_tokens > self.capacity:
             raise ValueError(
-                f"cache is full: it holds {max(self.lengths)} tokens, {new_tokens} more were given, "
-                f"capacity is {self.capacity}"
+                f"cache is full: it holds {max(self.lengths)} tokens of {self.capacity}, "
+                f"{new_tokens} more were given"
             )
 
     def advance(self, counts: int | Sequence[int]) -> None:
-        """Count appended tokens as held, once all layers have appended; `counts` may differ by row."""
+        """Count appended tokens as held, after all layers appended; `counts` may differ by row."""
         counts = [counts] * len(self.lengths) if isinstance(counts, int) else counts
         self.lengths = [held + new for held, new in zip(self.lengths, counts, strict=True)]
 
     def rollback(self, counts: int | Sequence[int]) -> None:
-        """Forget the last `counts` tokens (of every row, or of each); ValueError if a row has fewer."""
+        """Forget the last `counts` tokens (one number, or one a row); ValueError if a row has fewer."""
         counts = [counts] * len(self.lengths) if isinstance(counts, int) else list(counts)
         if len(counts) != len(self.lengths):
             raise ValueError(f"one count a row: got {len(counts)} for {len(self.lengths)} rows")
@@ -78,7 +78,7 @@ class CacheLayer:
     index: int
 
     def append(self, new: Float[Tensor, "B T W"]) -> Float[Tensor, "B S W"]:
-        """Store new tokens behind each row's held ones; return all slots up to the longest row's end."""
+        """Store new tokens behind each row's held ones; return slots up to the longest row's end."""
         cache, slots = self.cache, self.cache.store[self.index]
         start, end = min(cache.lengths), max(cache.lengths) + new.shape[1]
         if start == max(cache.lengths):

@@ -1,6 +1,6 @@
 """One frozen Config describes every model here, from a toy to the published 671B.
 
-Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.2; field names of DeepSeek's inference/configs/*.json.
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.2; names of DeepSeek's inference/configs/*.json.
 Dims    the fields below are the letters of every other module (D is `dim`, H is `n_heads`, ...).
 Book    book/01_count.ipynb             Kernel  none
 """
@@ -137,14 +137,15 @@ class Config:
 
     @property
     def cache_dim(self) -> int:
-        """Numbers cached a token a layer: C + R for MLA, both heads' widths times heads otherwise."""
+        """Numbers cached a token a layer: C + R for MLA, else key and value of every KV head."""
         if self.attn == "mla":
             return self.kv_lora_rank + self.qk_rope_head_dim
         return self.kv_heads * (self.qk_head_dim + self.v_head_dim)
 
 
+# fmt: off
 _TINY = dict(n_heads=4, q_lora_rank=96, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16,
-             v_head_dim=32, original_seq_len=1024, max_seq_len=1024, n_dense_layers=1, route_scale=1.0,
+             v_head_dim=32, original_seq_len=1024, max_seq_len=1024, n_dense_layers=1,
              init_std=0.02)
 _PUBLISHED = dict(q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
                   v_head_dim=128, n_heads=128, rope_factor=40.0, max_seq_len=163_840)
@@ -176,11 +177,12 @@ PRESETS: dict[str, dict[str, Any]] = {
                n_routed_experts=160, n_expert_groups=8, n_limited_groups=3),
     "v3": dict(_V3, n_layers=61, n_dense_layers=3, mtp_depth=1),
     "v3_layer": dict(_V3, n_layers=1),
-}  # fmt: skip
+}
+# fmt: on
 
 
 def preset(name: str, **changes: Any) -> Config:
-    """Return a preset by name with some fields replaced; ValueError for an unknown name or field."""
+    """Return a preset with some fields replaced; ValueError for an unknown name or field."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     known = {field.name for field in fields(Config)}

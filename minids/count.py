@@ -1,6 +1,6 @@
-"""Count a model before it exists: parameters, active parameters, cache, FLOPs, memory, GPU-hours, money.
+"""Count a model before it exists: parameters, cache, FLOPs, memory, GPU-hours, money.
 
-Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.2, Table 1; FLOPs: arXiv:2505.09343, Tables 2 and 4; fact sheet 1.4, 4.6, 4.7.
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.2, Table 1; FLOPs: arXiv:2505.09343, Tables 2, 4.
 Dims    parameters are counts, sizes bytes, FLOPs multiply-adds times two.
 Book    book/01_count.ipynb             Kernel  none
 """
@@ -92,14 +92,14 @@ def count_parts(cfg: Config) -> dict[str, int]:
 
 
 def count_mtp(cfg: Config) -> int:
-    """Count the unique parameters of all MTP modules: an MoE layer, a merge matrix, three norms each."""
+    """Count the unique parameters of all MTP modules: MoE layer, merge matrix, three norms each."""
     layer = count_parts(replace(cfg, n_layers=1, n_dense_layers=0))
     block = sum(layer.values()) - layer["embedding"] - layer["output head"] - cfg.dim
     return cfg.mtp_depth * (block + 2 * cfg.dim * cfg.dim + 3 * cfg.dim)
 
 
 def count_active(parts: dict[str, int], cfg: Config) -> dict[str, int]:
-    """Count what one token uses: K of E routed experts, everything else but the tables, then the tables."""
+    """Count what one token uses: K of E routed experts, all else but the tables, then the tables."""
     used = parts["routed experts"] * cfg.n_activated_experts // cfg.n_routed_experts
     tables = parts["embedding"] + parts["output head"]
     neither = sum(parts.values()) - tables - parts["routed experts"] + used
@@ -108,10 +108,10 @@ def count_active(parts: dict[str, int], cfg: Config) -> dict[str, int]:
 
 
 def count(cfg: Config, seq_len: int | None = None) -> Counts:
-    """Count a model from its config; `seq_len` (default: `original_seq_len`) sets the attention's FLOPs.
+    """Count a model from its config; attention is over `seq_len` (`original_seq_len`) tokens.
 
-    FLOPs are 2 a multiply-add: forward 2 x active parameters (with head), training three times that,
-    plus attention over half of `seq_len` keys on average (fact sheet 4.7: 250.5 GFLOP for V3 at 4,096).
+    FLOPs are 2 a multiply-add: forward 2 x active parameters (with head) plus attention over half of
+    `seq_len` keys on average, training three times that (250.5 GFLOP a token for V3 at 4,096).
     """
     seq_len = cfg.original_seq_len if seq_len is None else seq_len
     if seq_len < 1:
@@ -138,7 +138,7 @@ def count(cfg: Config, seq_len: int | None = None) -> Counts:
 
 
 def count_meta(cfg: Config) -> tuple[int, int]:
-    """Count a model's tensors on the meta device: (main model, MTP modules), routing biases included."""
+    """Count on the meta device: (main model, MTP modules), routing biases included."""
     with torch.device("meta"):
         model = Transformer(cfg)
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
@@ -201,7 +201,7 @@ def short(n: float) -> str:
 
 
 def binary(n_bytes: int) -> str:
-    """Return bytes in the largest of KiB, MiB, GiB, TiB (powers of two) that keeps a whole number."""
+    """Return bytes in the largest unit of KiB, MiB, GiB, TiB (powers of two) that fits."""
     for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if n_bytes >= 2**power:
             return f"{n_bytes / 2**power:.2f} {unit}"

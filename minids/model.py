@@ -16,43 +16,15 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minids.attention import Attention, causal_mask
-from minids.cache import Cache, CacheLayer
+from minids.attention import causal_mask
+from minids.block import Block
+from minids.cache import Cache
 from minids.config import Config
-from minids.ffn import SwiGLU
 from minids.linear import Linear
-from minids.mla import MLA
 from minids.moe import MoE, Routed
 from minids.mtp import MTP, shift
 from minids.norm import RMSNorm
 from minids.rope import frequencies, phases
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and beside a residual path."""
-
-    def __init__(self, cfg: Config, index: int):
-        super().__init__()
-        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = MLA(cfg) if cfg.attn == "mla" else Attention(cfg)
-        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        dense = index < cfg.n_dense_layers
-        self.ffn = SwiGLU(cfg.dim, cfg.inter_dim) if dense else MoE(cfg)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        phase: Complex[Tensor, "#B T R_half"],
-        mask: Bool[Tensor, "#B T S"] | None,
-        cache: CacheLayer | None = None,
-        stats: bool = False,
-    ) -> tuple[Float[Tensor, "B T D"], Routed | None]:
-        """Return the new state and, of an MoE layer asked for `stats`, its load and balance loss."""
-        x = x + self.attn(self.attn_norm(x), phase, mask, cache)
-        if not isinstance(self.ffn, MoE):
-            return x + self.ffn(self.ffn_norm(x)), None
-        y, routed = self.ffn(self.ffn_norm(x), stats)
-        return x + y, routed  # Eq. 12
 
 
 class Losses(NamedTuple):
@@ -103,7 +75,7 @@ class Transformer(nn.Module):
         return [block.ffn.router for block in blocks if isinstance(block.ffn, MoE)]
 
     def new_cache(self, batch: int, capacity: int, mtp: bool = False) -> Cache:
-        """Return an empty cache for `capacity` tokens a row, of the main layers or of the MTP modules."""
+        """Return an empty cache for `capacity` tokens a row: of the main layers, or of MTP."""
         layers = self.cfg.mtp_depth if mtp else self.cfg.n_layers
         return Cache(layers, batch, capacity, self.cfg.cache_dim, like=self.embed)
 
@@ -115,13 +87,13 @@ class Transformer(nn.Module):
         lengths: Sequence[int] | Int[Tensor, " B"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B T vocab"]:
-        """Return the logits of each position's next token.
+        """Return the logits of each position's next token, in FP32.
 
         `mask` numbers the document of each token: no token looks into another document.
         `lengths` are the true lengths of rows padded on the right; logits past them mean nothing.
         With `cache` the ids continue each row; the cache then holds them too.
-        Raises ValueError for ids outside the vocabulary (checked on CPU alone, where it costs no wait),
-        for a full cache, and for positions past `max_seq_len`.
+        Raises ValueError for ids outside the vocabulary (checked on CPU alone: elsewhere it would
+        wait for the device), for a full cache, and for positions past `max_seq_len`.
         """
         return self.head(self.hidden(ids, mask=mask, lengths=lengths, cache=cache)).float()
 
@@ -133,7 +105,7 @@ class Transformer(nn.Module):
         lengths: Sequence[int] | Int[Tensor, " B"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return the state after the final norm, which head and MTP read; arguments as in forward."""
+        """Return the state after the final norm, for head and MTP; arguments as in forward."""
         self.check_ids(ids)
         lengths = _check_lengths(ids, lengths)
         if cache is not None and mask is not None:
@@ -211,18 +183,19 @@ class Transformer(nn.Module):
             phase, visible = self.positions(*ids.shape, documents=documents, offset=depth)
             hidden = run(module, hidden[:, :-1], F.embedding(ids, self.embed), phase, visible)
             sums.append(self._target_sum(hidden, targets, mask, depth))
-        main, mtp = (torch.stack(sums) / (n_targets or count_targets(tokens, mask))).split([1, len(sums) - 1])
+        count = count_targets(tokens, mask) if n_targets is None else n_targets
+        main, *mtp = torch.stack(sums).div(count).unbind()
         load = [stats.load for stats in routed]
         balance = [stats.balance_loss for stats in routed]
         return Losses(
-            main=main.sum(),
-            mtp=mtp,
+            main=main,
+            mtp=torch.stack(mtp) if mtp else main.new_zeros(0),
             balance=torch.stack(balance).sum() if balance else main.new_zeros(()),
             load=torch.stack(load) if load else tokens.new_zeros(0, self.cfg.n_routed_experts),
         )
 
     def _target_sum(self, hidden, targets, mask, depth: int) -> Float[Tensor, ""]:
-        """Sum -log p(target) in nats over the targets of `depth` that lie in their position's document."""
+        """Sum -log p(target) in nats, over targets that lie in their position's document."""
         logits = rearrange(self.head(hidden).float(), "b t vocab -> (b t) vocab")
         if mask is not None:
             same = mask[:, : targets.shape[1]] == mask[:, depth + 1 :]
@@ -231,9 +204,10 @@ class Transformer(nn.Module):
         return F.cross_entropy(logits, targets, ignore_index=_IGNORED, reduction="sum")
 
     def check_ids(self, ids: Int[Tensor, "B T"]) -> None:
-        """Raise ValueError unless ids are int64 [B, T], not empty and (on CPU) inside the vocabulary."""
+        """Raise ValueError unless ids are int64 [B, T], not empty and (on CPU) known words."""
         if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel():
-            raise ValueError(f"ids must be int64 [B, T], not empty, got {ids.dtype} {list(ids.shape)}")
+            got = f"{ids.dtype} {list(ids.shape)}"
+            raise ValueError(f"ids must be int64 [B, T] and not empty, got {got}")
         if ids.device.type == "cpu":
             least, most = ids.min().item(), ids.max().item()
             if least < 0 or most >= self.cfg.vocab_size:

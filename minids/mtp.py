@@ -1,34 +1,30 @@
-"""Multi-token prediction: a small module looks one token further, from the last state and the next word.
+"""Multi-token prediction: a module looks one token further, from the last state and the next word.
 
 Paper   DeepSeek-V3 (arXiv:2412.19437), section 2.2, Eqs. 21-25.
 Dims    B batch, T positions, D width; depth k = 1, 2, ... is the module's number.
 Book    book/09_mtp.ipynb               Kernel  none
-Differs Eq. 21 prints [hidden; embedding]; the released weights (`eh_proj`) want [embedding; hidden].
-        The report leaves open which hidden state is read: here the one after the final norm, and deeper
-        modules read the state after their own norm, as transformers does. Positions are those of the
+Differs Eq. 21 prints [hidden; embedding]; released weights (`eh_proj`) want [embedding; hidden].
+        The report leaves open which state is read: here the one after the final norm, by deeper
+        modules the one after their own norm, as in transformers. Positions are those of the
         embedded token, i + k.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
+from minids.block import Block
 from minids.cache import CacheLayer
 from minids.config import Config
 from minids.linear import Linear
 from minids.moe import Routed
 from minids.norm import RMSNorm
 
-if TYPE_CHECKING:
-    from minids.model import Block
-
 
 class MTP(nn.Module):
     """One depth: merge state and embedding, then run one Transformer block and a norm."""
 
-    def __init__(self, cfg: Config, block: "Block"):
+    def __init__(self, cfg: Config, block: Block):
         super().__init__()
         self.embedding_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.hidden_norm = RMSNorm(cfg.dim, cfg.norm_eps)

@@ -1,10 +1,11 @@
 """Sigmoid routing: a bias picks the experts, the unbiased score weighs them.
 
-Paper   DeepSeek-V3 (arXiv:2412.19437), section 2.1.2, Eqs. 13-16; "Node-Limited Routing". V2: arXiv:2405.04434, Eqs. 20-22.
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 2.1.2, Eqs. 13-16, "Node-Limited Routing";
+        V2's rule: arXiv:2405.04434, Eqs. 20-22.
 Dims    BT tokens, D width, E routed experts, K experts per token, G expert groups.
 Book    book/07_moe.ipynb               Kernel  none
-Differs scores are FP32 whatever the model's dtype, and the normaliser adds 1e-20 (both as transformers
-        does): sixteen-bit scores tie, and a sum of underflowed sigmoids is 0.
+Differs scores are FP32 whatever the model's dtype, and the normaliser adds 1e-20 (transformers does
+        both): sixteen-bit scores tie, and a sum of underflowed sigmoids is 0.
 """
 
 import torch
@@ -18,7 +19,7 @@ from minids.config import Config
 def limit_groups(
     choice: Float[Tensor, "BT E"], groups: int, keep: int, best: int
 ) -> Float[Tensor, "BT E"]:
-    """Set experts outside the `keep` best groups to -inf; a group is worth its `best` best experts."""
+    """Set experts outside the `keep` best groups to -inf; a group is worth its `best` top ones."""
     if keep == groups:
         return choice
     grouped = rearrange(choice, "bt (g e) -> bt g e", g=groups)
