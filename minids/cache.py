@@ -60,7 +60,7 @@ class Cache:
         self.lengths = [held + new for held, new in zip(self.lengths, counts, strict=True)]
 
     def rollback(self, counts: int | Sequence[int]) -> None:
-        """Forget the last `counts` tokens (one number, or one a row); ValueError if a row has fewer."""
+        """Forget the last `counts` tokens, one number or one a row; ValueError if a row has fewer."""
         counts = [counts] * len(self.lengths) if isinstance(counts, int) else list(counts)
         if len(counts) != len(self.lengths):
             raise ValueError(f"one count a row: got {len(counts)} for {len(self.lengths)} rows")
@@ -78,7 +78,7 @@ class CacheLayer:
     index: int
 
     def append(self, new: Float[Tensor, "B T W"]) -> Float[Tensor, "B S W"]:
-        """Store new tokens behind each row's held ones; return slots up to the longest row's end."""
+        """Store new tokens behind each row's held ones; return slots to the longest row's end."""
         cache, slots = self.cache, self.cache.store[self.index]
         start, end = min(cache.lengths), max(cache.lengths) + new.shape[1]
         if start == max(cache.lengths):

@@ -99,7 +99,7 @@ def count_mtp(cfg: Config) -> int:
 
 
 def count_active(parts: dict[str, int], cfg: Config) -> dict[str, int]:
-    """Count what one token uses: K of E routed experts, all else but the tables, then the tables."""
+    """Count what one token uses: K of E routed experts, all else, and the tables by convention."""
     used = parts["routed experts"] * cfg.n_activated_experts // cfg.n_routed_experts
     tables = parts["embedding"] + parts["output head"]
     neither = sum(parts.values()) - tables - parts["routed experts"] + used
@@ -110,8 +110,8 @@ def count_active(parts: dict[str, int], cfg: Config) -> dict[str, int]:
 def count(cfg: Config, seq_len: int | None = None) -> Counts:
     """Count a model from its config; attention is over `seq_len` (`original_seq_len`) tokens.
 
-    FLOPs are 2 a multiply-add: forward 2 x active parameters (with head) plus attention over half of
-    `seq_len` keys on average, training three times that (250.5 GFLOP a token for V3 at 4,096).
+    FLOPs are 2 a multiply-add: forward 2 x active parameters (with head) plus attention over half
+    of `seq_len` keys on average, training three times that (250.5 GFLOP a token for V3 at 4,096).
     """
     seq_len = cfg.original_seq_len if seq_len is None else seq_len
     if seq_len < 1:
