@@ -1,12 +1,17 @@
 """config.json: a Config in the published spelling, read and written.
 
-Paper   the released config.json of DeepSeek-V3, V2 and V2-Lite (fact sheet 1.1, 1.2); not in the report.
+Paper   the released config.json of DeepSeek-V3, V2 and V2-Lite (fact sheet 1.1, 1.2); no report.
 Dims    none.
 Book    book/01_count.ipynb             Kernel  none
-Differs transformers reads `initializer_range` 0.02 for V3; the report (4.2) trained with 0.006. Read as given.
+Differs what no published key says (bias_speed, mtp_weight, ...) is written under a key of our own,
+        `minids`, where it is not what the rest is read as; other readers pass over it.
+        `initializer_range` is read as given: 0.02 in V3's file, 0.006 in the report (4.2).
+        transformers' V2 class ignores `norm_topk_prob`, this model does not.
 """
 
+import re
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 from minids.config import Config
@@ -25,117 +30,147 @@ _NAMES = dict(
 )  # fmt: skip
 _ROPE = dict(original_seq_len="original_max_position_embeddings", rope_factor="factor",
              beta_fast="beta_fast", beta_slow="beta_slow", mscale="mscale_all_dim")  # fmt: skip
+_OPTIONAL = dict(num_nextn_predict_layers=0, rms_norm_eps=1e-6, initializer_range=0.02)
 # keys that change the numbers, and the only value that this model computes
-_FIXED = dict(
-    hidden_act="silu", attention_bias=False, tie_word_embeddings=False, moe_layer_freq=1,
-    rope_interleave=True, attention_dropout=0.0, num_mtp_layers=None,
-)  # fmt: skip
+_FIXED = dict(hidden_act="silu", attention_bias=False, tie_word_embeddings=False, moe_layer_freq=1,
+              attention_dropout=0.0)  # fmt: skip
+_FIXED_UNPUBLISHED = dict(rope_interleave=True, mlp_bias=False)  # in transformers' files alone
 # keys without numerical effect on a forward pass
 _IGNORED = {
-    "_name_or_path", "architectures", "auto_map", "aux_loss_alpha", "bos_token_id", "dtype",
-    "eos_token_id", "ep_size", "head_dim", "num_key_value_heads", "output_router_logits",
-    "pad_token_id", "pretraining_tp", "qk_head_dim", "seq_aux", "torch_dtype",
-    "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "auto_map", "aux_loss_alpha", "bos_token_id", "eos_token_id",
+    "ep_size", "head_dim", "num_key_value_heads", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "qk_head_dim", "seq_aux", "transformers_version", "use_cache",
 }  # fmt: skip
+_OWN = {"bias_speed", "seq_loss_alpha", "aux_loss_alpha", "mtp_weight", "precision", "scale_fmt",
+        "n_kv_heads"}  # fmt: skip
 _V3 = dict(scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True)
 _V2 = dict(scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False)
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+_FP8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8",
+            weight_block_size=[128, 128])  # fmt: skip
 
 
 def from_hf(published: Mapping[str, Any]) -> Config:
     """Return the Config of a published config.json; ValueError names the first key that cannot be.
 
     Keys without numerical effect (`auto_map`, token ids, ...) are accepted, unknown ones refused.
+    Rotary settings are read in both spellings, `rope_scaling` and `rope_parameters`.
     """
+    if not isinstance(published, Mapping):
+        raise ValueError(f"config.json must be an object, got {published!r:.80}")
     given = dict(published)
-    family = {"deepseek_v3": _V3, "deepseek_v2": _V2}.get(given.pop("model_type", None))
-    if family is None:
-        raise ValueError(f"model_type must be deepseek_v3 or deepseek_v2, got {published.get('model_type')!r}")
-    given = family | given
-    for key, only in _FIXED.items():
-        if (value := given.pop(key, only)) != only and value is not None:
-            raise ValueError(f"{key} must be {only!r}, got {value!r}")
-    kv_heads = given.get("num_key_value_heads")
-    if kv_heads not in (None, given.get("num_attention_heads")):
-        raise ValueError(f"num_key_value_heads must equal num_attention_heads for MLA, got {kv_heads}")
-    method = given.pop("topk_method")
-    changes = _rope_fields(given) | _router_fields(given.pop("scoring_func"), method, given)
-    changes["scale_fmt"] = _scale_format(given.pop("quantization_config", None))
-    for field, key in _NAMES.items():
-        if given.get(key) is not None:
-            changes.setdefault(field, given[key])
-        given.pop(key, None)
-    if unknown := sorted(set(given) - _IGNORED):
-        raise ValueError(f"unknown key {unknown[0]!r} = {given[unknown[0]]!r} in config.json")
+    family = _choose("model_type", given.pop("model_type", None), "deepseek_v3", "deepseek_v2")
+    given = (_V3 if family == "deepseek_v3" else _V2) | _OPTIONAL | given
+    for key, only in (_FIXED | _FIXED_UNPUBLISHED).items():
+        if (value := given.pop(key, only)) != only and (only or value):
+            raise ValueError(f"{key} must be {only!r}, got {value!r:.80}")
+    if (heads := given.get("num_key_value_heads")) not in (None, given.get("num_attention_heads")):
+        raise ValueError(f"num_key_value_heads must equal num_attention_heads, got {heads!r:.80}")
+    changes = _rope_fields(given) | _router_fields(given, family) | _precision_fields(given)
+    for key in ("q_lora_rank", "n_shared_experts"):
+        if key in given and given[key] is None:
+            given[key] = 0  # null says that there is none
+    changes |= {field: given.pop(key, None) for field, key in _NAMES.items()}
+    own = given.pop("minids", {})
+    if unknown := sorted(given.keys() - _IGNORED):
+        raise ValueError(f"unknown key {unknown[0]!r} = {given[unknown[0]]!r:.80} in config.json")
     try:
-        return Config(**changes)
-    except TypeError as error:
-        missing = _NAMES[str(error).split("'")[1]]
-        raise ValueError(f"config.json lacks {missing}") from None
+        silent = _without_effect(Config(**changes))  # an absent key is None here
+        if not isinstance(own, dict) or own.keys() - silent:
+            raise ValueError(f"minids may hold {sorted(silent)} for these keys, got {own!r:.80}")
+        return Config(**changes | own)
+    except (ValueError, OverflowError) as error:  # say it in the words of the file
+        names = _NAMES | _ROPE
+        words = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(error))
+        raise ValueError(words) from None
+
+
+def _without_effect(cfg: Config) -> set[str]:
+    """Name the fields that no published key holds and a forward pass of `cfg` does not read."""
+    rope = _ROPE.keys() - {"rope_factor"} if cfg.rope_factor == 1 else set()
+    return _OWN | rope | ({"group_score"} if cfg.n_limited_groups == cfg.n_expert_groups else set())
+
+
+def _choose(key: str, value: Any, *choices: str) -> str:
+    if value not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r:.80}")
+    return value
 
 
 def _rope_fields(given: dict[str, Any]) -> dict[str, Any]:
     """Take the rotary settings out of `given`, in the spelling of either generation."""
-    rope = dict(given.pop("rope_parameters", None) or given.pop("rope_scaling", None) or {})
-    given.pop("rope_scaling", None)
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    theta = rope.pop("rope_theta", given.pop("rope_theta", 10_000.0))
-    given.pop("rope_theta", None)
-    fields: dict[str, Any] = {"rope_theta": float(theta)}
+    new, old = given.pop("rope_parameters", None), given.pop("rope_scaling", None)
+    rope = old if new is None else new
+    if not isinstance(rope, dict | None) or (new is not None and old is not None):
+        raise ValueError(f"rope_scaling or rope_parameters must be one object, got {rope!r:.80}")
+    rope = {"rope_theta": given.pop("rope_theta", 10_000.0)} | (rope or {})
+    kind = rope.pop("type", "default")
+    kind = _choose("rope type", rope.pop("rope_type", kind), "default", "yarn")
+    found = {"rope_theta": rope.pop("rope_theta")}
     if kind == "default":
-        return fields | {"original_seq_len": given.get("max_position_embeddings", 4096)}
-    if kind != "yarn":
-        raise ValueError(f"rope type must be 'default' or 'yarn', got {kind!r}")
-    whole = rope.get("mscale_all_dim")
-    if not whole or rope.pop("mscale", whole) != whole:
-        raise ValueError(f"YaRN needs mscale = mscale_all_dim, not 0, got {whole}")
-    for field, key in _ROPE.items():
-        if key in rope:
-            fields[field] = rope.pop(key)
+        found["original_seq_len"] = given.get("max_position_embeddings")
+    else:
+        rope = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": None} | rope
+        if not rope["mscale"] or rope.pop("mscale") != rope.get("mscale_all_dim"):
+            raise ValueError(f"yarn needs mscale = mscale_all_dim, not 0, got {rope!r:.200}")
+        found |= {field: rope.pop(key, None) for field, key in _ROPE.items()}
     if rope:
-        raise ValueError(f"unknown rotary setting {min(rope)!r} = {rope[min(rope)]!r}")
-    return fields
+        raise ValueError(f"unknown rotary settings {rope!r:.80} for rope type {kind!r}")
+    return found
 
 
-def _router_fields(score_func: str, method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return how groups are scored; topk_method `greedy` has no groups."""
-    scores = {"noaux_tc": "top2", "group_limited_greedy": "max", "greedy": "max"}
-    if method not in scores:
-        raise ValueError(f"topk_method must be one of {', '.join(scores)}, got {method!r}")
-    if method == "greedy":
+def _router_fields(given: dict[str, Any], family: str) -> dict[str, Any]:
+    """Take out how experts and groups are scored; topk_method `greedy` has no groups."""
+    method, score = given.pop("topk_method"), given.pop("scoring_func")
+    if family == "deepseek_v3":
+        _choose("topk_method", method, "noaux_tc")
+        return dict(score_func=_choose("scoring_func", score, "sigmoid"), group_score="top2")
+    if _choose("topk_method", method, "group_limited_greedy", "greedy") == "greedy":
         given.update(n_group=1, topk_group=1)
-    return {"score_func": score_func, "group_score": scores[method]}
+    score = _choose("scoring_func", score, "softmax")
+    return dict(score_func=score, group_score="max", bias_speed=0.0, seq_loss_alpha=0.0)
 
 
-def _scale_format(quantization: Mapping[str, Any] | None) -> str | None:
-    """Check that a quantised checkpoint is in DeepSeek's FP8 layout; return its scale format."""
-    wanted = dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128])
-    for key, only in wanted.items():
-        if quantization is not None and quantization.get(key, only) != only:
-            raise ValueError(f"quantization_config: {key} must be {only}, got {quantization[key]!r}")
-    return None if quantization is None else quantization.get("scale_fmt")
+def _precision_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """Take out how weights are stored; a quantised file must be in DeepSeek's FP8 layout."""
+    old, quantised = given.pop("torch_dtype", None), given.pop("quantization_config", None)
+    dtype = _choose("torch_dtype", given.pop("dtype", None) or old or "float32", *_DTYPES)
+    if quantised is None:
+        return {"precision": _DTYPES[dtype]}
+    if not isinstance(quantised, dict) or _FP8 != {key: quantised.get(key) for key in _FP8}:
+        raise ValueError(f"quantization_config must hold {_FP8}, got {quantised!r:.200}")
+    return {"precision": "fp8", "scale_fmt": quantised.get("scale_fmt")}
 
 
-def to_hf(cfg: Config) -> dict[str, Any]:
-    """Return the published config.json of a Config; ValueError for one that no published file can say."""
+def to_hf(cfg: Config, stored: str | None = None) -> dict[str, Any]:
+    """Return the published config.json of a Config, weights `stored` as "fp32", "bf16" or "fp8".
+
+    By default they are stored in the precision of training. ValueError for a Config that no file of
+    its family can say: other attention than MLA, the other family's group score.
+    """
     if cfg.attn != "mla":
         raise ValueError(f"attn must be 'mla' to be published, got {cfg.attn!r}")
-    sigmoid = cfg.score_func == "sigmoid"
-    model_type, rules = ("deepseek_v3", _V3) if sigmoid else ("deepseek_v2", _V2)
-    if cfg.group_score != ("top2" if sigmoid else "max"):
-        raise ValueError(f"{model_type} has no group_score {cfg.group_score!r}")
-    name = "DeepseekV3ForCausalLM" if sigmoid else "DeepseekV2ForCausalLM"
-    out = {"architectures": [name], "model_type": model_type} | rules
-    out |= {key: getattr(cfg, field) for field, key in _NAMES.items()}
-    out |= {key: value for key, value in _FIXED.items() if value is not None}
-    if not sigmoid and cfg.n_expert_groups == 1:
+    stored = _choose("stored", stored or cfg.precision, "fp32", "bf16", "fp8")
+    v3 = cfg.score_func == "sigmoid"
+    family, name = ("deepseek_v3", "DeepseekV3") if v3 else ("deepseek_v2", "DeepseekV2")
+    if cfg.group_score != ("top2" if v3 else "max") and "group_score" not in _without_effect(cfg):
+        raise ValueError(f"group_score cannot be published as {family}, got {cfg.group_score!r}")
+    values = asdict(cfg)
+    values |= {f.name: float(values[f.name]) for f in fields(cfg) if f.type is float}  # 1 is 1.0
+    out = {"architectures": [f"{name}ForCausalLM"], "model_type": family}
+    out |= (_V3 if v3 else _V2) | _FIXED | {key: values[field] for field, key in _NAMES.items()}
+    if not v3 and cfg.n_expert_groups == 1:
         out["topk_method"] = "greedy"
     out |= dict(
         num_key_value_heads=cfg.n_heads, q_lora_rank=cfg.q_lora_rank or None,
-        rope_theta=cfg.rope_theta, rope_scaling=None, bos_token_id=0, eos_token_id=1,
-        use_cache=True, torch_dtype="bfloat16" if cfg.precision != "fp32" else "float32",
+        rope_theta=values["rope_theta"], rope_scaling=None, bos_token_id=0, eos_token_id=1,
+        use_cache=True, torch_dtype="float32" if stored == "fp32" else "bfloat16",
     )  # fmt: skip
     if cfg.rope_factor != 1:
-        yarn = {key: getattr(cfg, field) for field, key in _ROPE.items()}
-        out["rope_scaling"] = {"type": "yarn", "mscale": cfg.mscale} | yarn
-    return out
+        out["rope_scaling"] = {"type": "yarn", "mscale": values["mscale"]}
+        out["rope_scaling"] |= {key: values[field] for field, key in _ROPE.items()}
+    if stored == "fp8":
+        out["quantization_config"] = _FP8 | ({"scale_fmt": cfg.scale_fmt} if cfg.scale_fmt else {})
+    read = asdict(from_hf(out))
+    own = {field: value for field, value in values.items() if read[field] != value}
+    return out | ({"minids": own} if own else {})
