@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from minids.cache import CacheLayer
 from minids.config import Config
 from minids.linear import Linear
+from minids.norm import at_least_fp32
 from minids.rope import rotate, softmax_scale
 
 
 def causal_mask(
-    query_positions: Int[Tensor, "B T"],
+    query_positions: Int[Tensor, "#B T"],
     key_positions: Int[Tensor, " S"],
-    documents: Int[Tensor, "B S"] | None = None,
-) -> Bool[Tensor, "B T S"]:
+    documents: Int[Tensor, "#B S"] | None = None,
+) -> Bool[Tensor, "#B T S"]:
     """True where a query may look: keys not after it and, with `documents` (T = S), in its own one."""
     seen = key_positions <= query_positions[..., None]
     if documents is not None:
@@ -34,7 +35,7 @@ def attention_weights(
     """Softmax over keys in FP32, with zero weight where the mask is False."""
     if mask is not None:
         score = score.masked_fill(~rearrange(mask, "b t s -> b 1 t s"), -torch.inf)
-    return score.softmax(-1, dtype=torch.float32).to(score.dtype)
+    return at_least_fp32(score).softmax(-1).to(score.dtype)
 
 
 class Attention(nn.Module):

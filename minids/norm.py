@@ -10,8 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+def at_least_fp32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Widen sixteen-bit numbers to FP32, where sums and exponentials need digits; FP64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
-    """Normalise the last axis in FP32, return the input's dtype."""
+    """Normalise the last axis in FP32 (or FP64), return the input's dtype."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -19,6 +24,6 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
-        wide = x.float()
+        wide = at_least_fp32(x)
         unit = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
         return self.gain * unit.to(x.dtype)

@@ -15,6 +15,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from minids.config import Config
+from minids.norm import at_least_fp32
 
 
 def ramp_bounds(cfg: Config) -> tuple[int, int]:
@@ -54,7 +55,7 @@ def phases(
     positions: Int[Tensor, "B T"], freq: Float[Tensor, " R_half"]
 ) -> Complex[Tensor, "B T R_half"]:
     """Return the unit complex numbers that turn each pair at each position."""
-    angle = rearrange(positions, "b t -> b t 1").float() * freq
+    angle = rearrange(positions, "b t -> b t 1") * at_least_fp32(freq)
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -62,7 +63,7 @@ def rotate(
     x: Float[Tensor, "B T *heads R"], phase: Complex[Tensor, "#B T R_half"]
 ) -> Float[Tensor, "B T *heads R"]:
     """Turn each pair of neighbouring channels (0, 1), (2, 3), ... by its position's angle."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)).contiguous())
     if x.ndim == 4:
         phase = rearrange(phase, "b t r -> b t 1 r")
     return rearrange(torch.view_as_real(pairs * phase), "... r two -> ... (r two)").to(x.dtype)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minids.config import Config
+from minids.norm import at_least_fp32
 
 
 def limit_groups(
@@ -45,7 +46,7 @@ class Router(nn.Module):
         """Return each token's K gate weights, the expert ids they belong to, and all its scores."""
         cfg = self.cfg
         with torch.autocast(x.device.type, enabled=False):
-            logit = einsum(x.float(), self.centroids.float(), "bt d, e d -> bt e")
+            logit = einsum(at_least_fp32(x), at_least_fp32(self.centroids), "bt d, e d -> bt e")
         score = logit.sigmoid() if self.bias is not None else logit.softmax(-1)  # Eq. 15
         choice = score.detach() if self.bias is None else score.detach() + self.bias
         best = min(2, cfg.experts_per_group) if cfg.group_score == "top2" else 1
