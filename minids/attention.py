@@ -1,19 +1,20 @@
 """Multi-head, grouped-query and multi-query attention: what MLA is compared with.
 
 Paper   MHA arXiv:1706.03762, MQA arXiv:1911.02150, GQA arXiv:2305.13245; DeepSeek-V2 (arXiv:2405.04434), Table 1.
-Dims    B batch, T queries, S keys, D width, H heads, N query and key head width, V value head width.
+Dims    B batch, T queries, S keys, D width, H query heads, G key heads, N width of a query or key,
+        V width of a value.
 Book    book/03_cache.ipynb             Kernel  none
 """
 
 import torch
-from einops import einsum, rearrange
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
 from minids.cache import CacheLayer
 from minids.config import Config
 from minids.linear import Linear
-from minids.norm import at_least_fp32
 from minids.rope import rotate, softmax_scale
 
 
@@ -29,13 +30,27 @@ def causal_mask(
     return seen
 
 
-def attention_weights(
-    score: Float[Tensor, "B H T S"], mask: Bool[Tensor, "#B T S"] | None
-) -> Float[Tensor, "B H T S"]:
-    """Softmax over keys in FP32, with zero weight where the mask is False."""
+def attend(
+    q: Float[Tensor, "B T H N"],
+    k: Float[Tensor, "B S G N"],
+    v: Float[Tensor, "B S G V"],
+    mask: Bool[Tensor, "#B T S"] | None,
+    scale: float,
+) -> Float[Tensor, "B T H V"]:
+    """Return softmax(q k^T * scale) v, with zero weight where the mask is False; None sees all keys.
+
+    Each of the G key and value heads serves H / G query heads: they are more rows of the same product.
+    Softmax is taken in FP32 at least, in tiles, so that no [T, S] matrix is ever stored.
+    """
+    (heads, value_dim), (groups, width) = (q.shape[2], v.shape[3]), k.shape[2:]
+    q = rearrange(q, "b t (g h) n -> b g (h t) n", g=groups)
+    k, v = (rearrange(x, "b s g n -> b g s n") for x in (k, v))
     if mask is not None:
-        score = score.masked_fill(~rearrange(mask, "b t s -> b 1 t s"), -torch.inf)
-    return at_least_fp32(score).softmax(-1).to(score.dtype)
+        mask = repeat(mask, "b t s -> b 1 (h t) s", h=heads // groups)
+    if value_dim < width:  # torch has a tiled kernel for equal widths alone
+        v = F.pad(v, (0, width - value_dim))
+    o = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)[..., :value_dim]
+    return rearrange(o, "b g (h t) v -> b t (g h) v", h=heads // groups)
 
 
 class Attention(nn.Module):
@@ -59,17 +74,13 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Attend; `mask=None` lets every query see every key (one new token after a cache)."""
         groups, width = self.cfg.kv_heads, self.cfg.qk_head_dim
-        q = rearrange(self.w_q(x), "b t (g h n) -> b t (g h) n", g=groups, n=width)
+        q = rearrange(self.w_q(x), "b t (h n) -> b t h n", n=width)
         k = rearrange(self.w_k(x), "b t (g n) -> b t g n", g=groups)
         q, k, v = rotate(q, phase), rotate(k, phase), self.w_v(x)
         if cache is not None:
             held = cache.append(torch.cat([rearrange(k, "b s g n -> b s (g n)"), v], dim=-1))
             flat_k, v = held.split([groups * width, groups * self.cfg.v_head_dim], dim=-1)
             k = rearrange(flat_k, "b s (g n) -> b s g n", g=groups)
-        q = rearrange(q, "b t (g h) n -> b t g h n", g=groups)
         v = rearrange(v, "b s (g v) -> b s g v", g=groups)
-        score = einsum(q, k, "b t g h n, b s g n -> b g h t s") * self.scale
-        weight = attention_weights(rearrange(score, "b g h t s -> b (g h) t s"), mask)
-        weight = rearrange(weight, "b (g h) t s -> b g h t s", g=groups)
-        o = einsum(weight, v, "b g h t s, b s g v -> b t g h v")
-        return self.w_o(rearrange(o, "b t g h v -> b t (g h v)"))
+        o = attend(q, k, v, mask, self.scale)
+        return self.w_o(rearrange(o, "b t h v -> b t (h v)"))

@@ -9,11 +9,11 @@ Differs two pairs of matrices are stored as one, as in DeepSeek's release: W^DKV
 """
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 
-from minids.attention import attention_weights
+from minids.attention import attend
 from minids.cache import CacheLayer
 from minids.config import Config
 from minids.linear import Linear
@@ -99,10 +99,10 @@ class MLA(nn.Module):
         c_kv, k_rope = self._split_latent(latent)
         kv = rearrange(self.w_ukv(c_kv), "b s (h d) -> b s h d", h=self.cfg.n_heads)  # Eq. 2, 5
         k_nope, v = kv.split([self.cfg.qk_nope_head_dim, self.cfg.v_head_dim], dim=-1)
-        score = einsum(q_nope, k_nope, "b t h n, b s h n -> b h t s")
-        score = score + einsum(q_rope, k_rope, "b t h r, b s r -> b h t s")  # Eq. 4
-        weight = attention_weights(score * self.scale, mask)
-        return einsum(weight, v, "b h t s, b s h v -> b t h v")  # Eq. 10
+        k_rope = repeat(k_rope, "b s r -> b s h r", h=self.cfg.n_heads)  # one rotary key for all
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        k = torch.cat([k_nope, k_rope], dim=-1)  # Eq. 4
+        return attend(q, k, v, mask, self.scale)  # Eq. 10
 
     def attend_absorbed(
         self,
@@ -112,14 +112,12 @@ class MLA(nn.Module):
         mask: Bool[Tensor, "#B T S"] | None,
     ) -> Float[Tensor, "B T H V"]:
         """Fold W^UK into the queries and W^UV into the output: MQA over the latent itself."""
-        c_kv, _ = self._split_latent(latent)
         w_ukv = rearrange(self.w_ukv.weight, "(h d) c -> h c d", h=self.cfg.n_heads)
         w_uk, w_uv = w_ukv.split([self.cfg.qk_nope_head_dim, self.cfg.v_head_dim], dim=-1)
         q_latent = einsum(q_nope, w_uk, "b t h n, h c n -> b t h c")
         q = torch.cat([q_latent, q_rope], dim=-1)
-        score = einsum(q, latent, "b t h c, b s c -> b h t s")
-        weight = attention_weights(score * self.scale, mask)
-        z = einsum(weight, c_kv, "b h t s, b s c -> b t h c")
+        latent = rearrange(latent, "b s c -> b s 1 c")  # key and value of all heads
+        z = attend(q, latent, latent, mask, self.scale)[..., : self.cfg.kv_lora_rank]
         return einsum(z, w_uv, "b t h c, h c v -> b t h v")
 
     def _split_latent(
