@@ -1,4 +1,4 @@
-"""What every test shares: a seed, one thread, GPU tests skipped aloud, Hypothesis without chance."""
+"""What every test shares: a seed, one thread, GPU tests skipped aloud, no chance in Hypothesis."""
 
 import hypothesis
 import pytest

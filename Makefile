@@ -1,0 +1,59 @@
+# `make learn` opens the book, `make test` runs every check. Both need Python 3.11+ and make.
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+# torch for CPU, asked for first: the default build for Linux is for CUDA, ten times the size, and
+# brings a triton of its own. Where this index cannot be reached pip takes torch from its usual one.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# a container's only user is often root, whom JupyterLab refuses unless told
+AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
+
+.PHONY: help venv lint learn tour test check book clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+venv: .venv/.installed  ## make .venv and install everything into it
+
+# a finished installation leaves .installed behind; a broken off one does not, and is taken up again
+.venv/.installed: pyproject.toml constraints.txt $(wildcard kernels/minids_kernels/__init__.py)
+	@if [ ! -x $(PY) ]; then \
+	  found=; for python in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	    if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "minids needs Python 3.11 or newer with its venv module, and found none on PATH." >&2; \
+	    echo "Get one from python.org, or on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	  fi; \
+	  echo "making .venv with $$found"; $$found -m venv .venv; \
+	fi
+	$(PIP) --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --editable ".[book,test]"
+	@touch $@
+
+learn: venv  ## open the book in JupyterLab
+	cd book && ../.venv/bin/jupyter trust *.ipynb
+	cd book && ../.venv/bin/jupyter lab $(AS_ROOT) 00_start.ipynb
+
+tour: venv  ## train a small DeepSeek-V3 and let it write, in this terminal
+	.venv/bin/minids tour
+
+lint: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+	$(PY) book/_tools/normalise.py --check
+
+test: lint  ## run every check, the notebooks too
+	$(PY) -m pytest tests book -p no:cacheprovider --nbval --nbval-current-env \
+	  --nbval-cell-timeout=180 --nbval-sanitize-with=book/_tools/nbval.cfg
+
+check: lint  ## run the fast checks: no slow tests, no notebooks
+	$(PY) -m pytest tests -m "not slow"
+
+book: venv  ## run the chapters again and keep what they print
+	$(PY) book/_tools/normalise.py --execute
+
+clean:  ## remove .venv and caches; runs/ and tour/ are yours and stay
+	rm -rf .venv *.egg-info build .pytest_cache .ruff_cache .hypothesis book/_build
+	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -1,0 +1,1 @@
+"""What the reader looks at: each module draws one still figure, each .js moves one."""
