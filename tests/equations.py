@@ -1,8 +1,8 @@
 """The whole model once more, one equation a line: loops over tokens, heads and experts in FP64.
 
-Paper   DeepSeek-V3 (arXiv:2412.19437), Eqs. 1-25 and 4.3; V2's routing: arXiv:2405.04434, Eqs. 20-22.
+Paper   DeepSeek-V3 (arXiv:2412.19437), Eqs. 1-25, 4.3; V2 routing: arXiv:2405.04434, Eqs. 20-22.
 Dims    every tensor here is one vector (of one token, head or expert) or a stored weight.
-Differs from minids in all but the names of the weights: nothing is imported from it, no tensor holds
+Differs from minids in all but the names of weights: nothing is imported from it, no tensor holds
         two tokens, nothing is masked, sorted or gathered. Autograd runs through it.
 """
 
@@ -106,9 +106,8 @@ def attention(h: list[Tensor], w: dict[str, Tensor], cfg, first: int, documents)
         c_kv = rms_norm(c_kv, w["kv_norm.gain"], cfg.norm_eps)  # section 4.2
         k_r = rope(w["w_dkv.weight"][cfg.kv_lora_rank :] @ h_t, first + t, cfg)  # Eq. 3
         kv = w["w_ukv.weight"] @ c_kv  # rows: head 0 [key, value], head 1 ...
-        heads = kv.split(nope + value)
-        keys.append([torch.cat([head[:nope], k_r]) for head in heads])  # Eq. 2, 4
-        values.append([head[nope:] for head in heads])  # Eq. 5
+        keys.append([torch.cat([head[:nope], k_r]) for head in kv.split(nope + value)])  # Eq. 2, 4
+        values.append([head[nope:] for head in kv.split(nope + value)])  # Eq. 5
         if cfg.q_lora_rank:
             c_q = rms_norm(w["w_dq.weight"] @ h_t, w["q_norm.gain"], cfg.norm_eps)  # Eq. 6
             q = w["w_uq.weight"] @ c_q
