@@ -1,13 +1,14 @@
 """transformers as an independent DeepSeek: the one file that imports it.
 
 What was found by trying 5.23.0, and is handled here:
-- V3's class ignores softmax scoring: the softmax oracle is DeepseekV2, which sets dropped groups to 0 (the
-  same choice as -inf, softmax being positive) and ignores `norm_topk_prob`.
+- V3's class ignores softmax scoring: the softmax oracle is DeepseekV2, which ignores
+  `norm_topk_prob` and sets dropped groups to 0 (the same choice as -inf: a softmax is positive).
 - `q_lora_rank` 0 must be null (minids.hf writes that). One expert a group crashes it.
 - Odd widths need the eager experts; every model here takes them, and eager attention.
 - Norms on the latents use eps 1e-6 whatever the config says.
-- MTP has no training path: `MtpModel.forward_layer` is called layer by layer, teacher-forced. It reads the
-  state after the final norm, at positions i + k, and must be given an MtpCache: the mask needs its offset.
+- MTP has no training path: `MtpModel.forward_layer` is called layer by layer, teacher-forced. It
+  reads the state after the final norm, at positions i + k, and needs an MtpCache: the mask uses
+  its offset.
 - No shared expert makes it build layers of width 0, and torch warns about filling those.
 """
 
@@ -184,7 +185,7 @@ class Oracle:
         return states
 
     def losses(self, tokens: Tensor) -> list[Tensor]:
-        """Return main and MTP losses in nats, each divided by the main model's number of targets."""
+        """Return main and MTP losses in nats, each over the main model's number of targets."""
         n_targets = tokens[:, 1:].numel()
         losses = []
         for k, hidden in enumerate(self.hidden_states(tokens)):
