@@ -23,7 +23,7 @@ from minids.config import Config
 from minids.linear import Linear
 from minids.moe import MoE, Routed
 from minids.mtp import MTP, shift
-from minids.norm import RMSNorm
+from minids.norm import RMSNorm, at_least_fp32
 from minids.rope import frequencies, phases
 
 
@@ -95,7 +95,7 @@ class Transformer(nn.Module):
         Raises ValueError for ids outside the vocabulary (checked on CPU alone: elsewhere it would
         wait for the device), for a full cache, and for positions past `max_seq_len`.
         """
-        return self.head(self.hidden(ids, mask=mask, lengths=lengths, cache=cache)).float()
+        return at_least_fp32(self.head(self.hidden(ids, mask=mask, lengths=lengths, cache=cache)))
 
     def hidden(
         self,
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
 
     def _target_sum(self, hidden, targets, mask, depth: int) -> Float[Tensor, ""]:
         """Sum -log p(target) in nats, over targets that lie in their position's document."""
-        logits = rearrange(self.head(hidden).float(), "b t vocab -> (b t) vocab")
+        logits = rearrange(at_least_fp32(self.head(hidden)), "b t vocab -> (b t) vocab")
         if mask is not None:
             same = mask[:, : targets.shape[1]] == mask[:, depth + 1 :]
             targets = targets.masked_fill(~same, _IGNORED)
