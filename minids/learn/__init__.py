@@ -1,0 +1,1 @@
+"""What goes with the book: the machine check and the guided tour."""
