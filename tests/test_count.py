@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -172,3 +173,16 @@ def test_bad_numbers_are_refused():
         V3.gpu_hours(-1, 100)
     with pytest.raises(ValueError, match="tflops must be a positive number, got nan"):
         V3.gpu_hours(1e9, float("nan"))
+
+
+def test_figure_groups_every_parameter_once():
+    figure = pytest.importorskip("figures.count")
+    groups = figure.grouped(V3, preset("v3"))
+    assert sum(everything for everything, _ in groups.values()) == V3.total
+    assert sum(used for _, used in groups.values()) == V3.active["with head"]
+
+
+def test_stored_figure_is_what_draw_draws():
+    figure = pytest.importorskip("figures.count")
+    stored = Path(__file__).parents[1] / "figures" / "count.svg"
+    assert figure.style.render(figure.draw()) == stored.read_bytes(), "run: python figures/count.py"
