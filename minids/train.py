@@ -1,0 +1,249 @@
+"""Training: gradients of a batch, one optimiser step, one move of the router biases, one log line.
+
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.2; bias rule 2.1.2; loss Eq. 25.
+Dims    B sequences of a batch, T targets of each (T1 = T + 1 tokens), E routed experts.
+Book    book/14_train.ipynb             Kernel  none
+Differs the report does not say which weights decay: here every matrix (embedding, head and router
+        centroids too), no norm gain. The router bias is moved by its own rule alone.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Optimizer
+from tqdm import tqdm
+
+from minids import checkpoint
+from minids.balance import max_vio, update_bias
+from minids.config import Config
+from minids.data import Corpus, Packed, encode_train
+from minids.evaluate import check_tokenizer
+from minids.hf import to_hf
+from minids.model import Transformer, count_targets
+from minids.resume import Position, append_line, load_state, save_state
+from minids.schedule import V3, Rates, Schedule
+from minids.tokenizer import train_tokenizer
+
+_CLIP = 1.0  # of the gradient's norm
+
+
+class Run(NamedTuple):
+    """A finished run: its model, one dict a step, and the folder it was written to."""
+
+    model: Transformer
+    log: list[dict[str, Any]]
+    folder: Path | None
+
+
+def make_optimizer(model: Transformer) -> AdamW:
+    """Return AdamW as in section 4.2: betas 0.9 and 0.95, weight decay 0.1 of matrices."""
+    decay = [weight for weight in model.parameters() if weight.ndim > 1]
+    keep = [weight for weight in model.parameters() if weight.ndim == 1]
+    groups = [dict(params=decay, weight_decay=0.1), dict(params=keep, weight_decay=0.0)]
+    return AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
+def take_step(
+    model: Transformer,
+    optimizer: Optimizer,
+    tokens: Int[Tensor, "B T1"],
+    documents: Int[Tensor, "B T1"],
+    rates: Rates,
+    *,
+    micro_batches: int = 1,
+    recompute: bool = False,
+) -> dict[str, Any]:
+    """Do one optimiser step, then move the router biases once; return what the log says of it.
+
+    Losses are in nats a target of the whole batch, whatever `micro_batches` it is cut into.
+    Raises FloatingPointError, weights and biases untouched, for a loss or gradient not finite.
+    """
+    n_targets, half = count_targets(tokens, documents), model.cfg.precision == "bf16"
+    sums, load = torch.zeros(2 + model.cfg.mtp_depth), torch.zeros(())
+    cuts = (tokens.chunk(micro_batches), documents.chunk(micro_batches))
+    for rows, marks in zip(*cuts, strict=True):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half and tokens.is_cuda):
+            losses = model.losses(rows, mask=marks, n_targets=n_targets, recompute=recompute)
+        losses = losses._replace(balance=losses.balance / micro_batches)  # a mean over sequences
+        losses.total(rates.mtp_weight).backward()
+        parts = torch.stack([losses.main, losses.balance, *losses.mtp])
+        sums, load = sums + parts.detach().cpu(), load + losses.load.cpu()
+    grad_norm = clip_grad_norm_(model.parameters(), _CLIP).item()
+    main, balance, *mtp = sums.tolist()
+    if not all(map(math.isfinite, [main, balance, *mtp, grad_norm])):
+        optimizer.zero_grad()
+        raise FloatingPointError(
+            f"not finite: loss {main}, MTP {mtp}, balance {balance}, gradient norm {grad_norm}"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rates.lr
+    optimizer.step()
+    optimizer.zero_grad()
+    for router, counts in zip(model.routers, load, strict=True):
+        if router.bias is not None:
+            update_bias(router.bias, counts.to(router.bias.device), rates.bias_speed)
+    seen = dict(loss=main, mtp=mtp, balance=balance, grad_norm=grad_norm)
+    return seen | dict(max_vio=max_vio(load).tolist()) | rates._asdict()
+
+
+def train(
+    model: Transformer,
+    data: Packed,
+    schedule: Schedule,
+    *,
+    micro_batches: int = 1,
+    folder: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    device: str = "cpu",
+    save_every: int = 100,
+    recompute: bool = False,
+    progress: bool = True,
+) -> Run:
+    """Train on the stream of rows until `schedule.tokens` tokens are done.
+
+    With `folder`: a line a step in log.jsonl, the training state every `save_every` steps in
+    state/, and at the end the model with its tokenizer in model/. The same call with a folder that
+    holds a run, finished or killed, goes on from its newest state to the same numbers.
+    Raises ValueError for arguments that do not fit, before any work; FloatingPointError for a loss
+    that is not finite, with its step and seed.
+    """
+    folder = None if folder is None else Path(folder)
+    _check(model.cfg, schedule, data.seq_len, micro_batches, folder, device, save_every)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model.cfg)
+    about = dict(config=asdict(model.cfg), schedule=asdict(schedule), micro_batches=micro_batches,
+                 seq_len=data.seq_len, data_seed=data.seed, data_tokens=data.n_tokens,
+                 first_row=data.rows(0, 1)[0].tolist())  # fmt: skip
+    model = model.to(device).train()
+    optimizer, start, log = make_optimizer(model), Position(), []
+    if folder:
+        start, log = _begin(folder, model, optimizer, about)
+    bar = tqdm(initial=start.tokens, total=schedule.tokens, unit=" tokens", unit_scale=True,
+               disable=not progress)  # fmt: skip
+    for at, line in _steps(model, optimizer, data, schedule, start, micro_batches, recompute):
+        log.append(line)
+        bar.set_postfix(loss=f"{line['loss']:.3f}", MaxVio=f"{max(line['max_vio'], default=0):.2f}")
+        bar.update(at.tokens - bar.n)
+        if folder:
+            append_line(folder, line)
+            if at.step % save_every == 0 or at.tokens >= schedule.tokens:
+                save_state(folder, model, optimizer, at, about)
+    bar.close()
+    if folder:
+        checkpoint.save(model, folder / "model", tokenizer=tokenizer)
+    return Run(model, log, folder)
+
+
+def train_from_corpus(
+    cfg: Config,
+    corpus: Corpus,
+    folder: str | Path,
+    *,
+    steps: int = 1000,
+    batch_size: int = 16,
+    seq_len: int = 128,
+    peak_lr: float = 4e-3,
+    micro_batches: int = 1,
+    fim_rate: float = 0.1,
+    seed: int = 0,
+    device: str = "cpu",
+    save_every: int = 100,
+    recompute: bool = False,
+    progress: bool = True,
+) -> Run:
+    """Train a tokenizer of `vocab_size` words and a new model, with V3's schedule scaled down.
+
+    `steps` are full batches of `batch_size` rows; a tenth of them, at most 100, warm up.
+    Files and errors as in `train`.
+    """
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("seq_len", seq_len)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    warmup_steps = max(1, min(100, steps // 10))
+    schedule = V3.scaled(steps * batch_size * seq_len, peak_lr=peak_lr, warmup_steps=warmup_steps,
+                         batch=batch_size)  # fmt: skip
+    _check(cfg, schedule, seq_len, micro_batches, Path(folder), device, save_every)
+    texts = [text for texts in corpus.train.values() for text in texts]
+    tokenizer = train_tokenizer(texts, cfg.vocab_size)
+    data = Packed(encode_train(corpus, tokenizer, fim_rate, seed), seq_len, seed)
+    return train(
+        Transformer(cfg, seed=seed), data, schedule, micro_batches=micro_batches, folder=folder,
+        tokenizer=tokenizer, device=device, save_every=save_every, recompute=recompute,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _check(
+    cfg: Config,
+    schedule: Schedule,
+    seq_len: int,
+    micro_batches: int,
+    folder: Path | None,
+    device: str,
+    save_every: int,
+) -> None:
+    """Raise ValueError for what would else show hours later, or in words from deep inside."""
+    if cfg.precision == "fp8":
+        raise ValueError("FP8 training is not available yet: use precision 'bf16' or 'fp32'")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} needs a GPU that torch can use; this machine has none")
+    if not 1 + cfg.mtp_depth <= seq_len <= cfg.max_seq_len:
+        limits = f"{1 + cfg.mtp_depth}..{cfg.max_seq_len}"
+        raise ValueError(f"seq_len must lie in {limits} for this config, got {seq_len}")
+    if micro_batches < 1 or schedule.first_batch % micro_batches:
+        raise ValueError(
+            f"micro_batches must divide the batch of {schedule.first_batch}, got {micro_batches}"
+        )
+    if save_every < 1:
+        raise ValueError(f"save_every must be at least 1, got {save_every}")
+    if folder:
+        to_hf(cfg)  # the model is saved at the end: refuse now what no published config can say
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file: name a folder")
+
+
+def _begin(folder: Path, model, optimizer, about) -> tuple[Position, list[dict[str, Any]]]:
+    """Go on with the folder's run, or save the state before the first step of a new one."""
+    if found := load_state(folder, model, optimizer, about):
+        return found
+    if (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size:
+        raise ValueError(f"{folder} has a log but no state: use a new folder, or delete log.jsonl")
+    save_state(folder, model, optimizer, Position(), about)
+    return Position(), []
+
+
+def _steps(
+    model: Transformer,
+    optimizer: Optimizer,
+    data: Packed,
+    schedule: Schedule,
+    at: Position,
+    micro_batches: int,
+    recompute: bool,
+) -> Iterator[tuple[Position, dict[str, Any]]]:
+    """Take one optimiser step after another; yield where the run then is and what to log."""
+    while at.tokens < schedule.tokens:
+        start, batch = time.perf_counter(), schedule.batch_at(at.tokens)
+        tokens, documents = (part.to(model.embed.device) for part in data.rows(at.rows, batch))
+        rates = schedule.rates(model.cfg, at.step, at.tokens)
+        try:
+            line = take_step(model, optimizer, tokens, documents, rates,
+                             micro_batches=micro_batches, recompute=recompute)  # fmt: skip
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"step {at.step + 1}, seed {data.seed}, rows {at.rows} to {at.rows + batch - 1}: "
+                f"{error}. Weights and saved states are as before. Try a lower peak_lr, a longer "
+                "warm-up or precision 'fp32', and look at these rows."
+            ) from None
+        at = Position(at.step + 1, at.rows + batch, at.tokens + batch * data.seq_len)
+        speed = batch * data.seq_len / (time.perf_counter() - start)
+        yield at, at._asdict() | line | dict(tokens_per_s=round(speed, 1))
