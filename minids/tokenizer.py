@@ -22,9 +22,9 @@ _PIECES = (  # digits; CJK and kana; then words, punctuation, line breaks, space
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )  # fmt: skip
 _HF_CONFIG = dict(
-    tokenizer_class="PreTrainedTokenizerFast", bos_token=SPECIAL_TOKENS[BOS], add_bos_token=False,
-    eos_token=SPECIAL_TOKENS[EOS], add_eos_token=False, pad_token=SPECIAL_TOKENS[PAD],
-    clean_up_tokenization_spaces=False, split_special_tokens=True,
+    tokenizer_class="PreTrainedTokenizerFast", add_bos_token=False, split_special_tokens=True,
+    bos_token=SPECIAL_TOKENS[BOS], eos_token=SPECIAL_TOKENS[EOS], pad_token=SPECIAL_TOKENS[PAD],
+    clean_up_tokenization_spaces=False,
 )  # fmt: skip
 
 

@@ -226,3 +226,9 @@ class Oracle:
             mtp_cache=MtpCache(config=self.main.config.get_mtp_config()),
         )
         return torch.cat([first, drafted], dim=1), logits
+
+
+def tokenizers(folder) -> list[transformers.PreTrainedTokenizerBase]:
+    """Return a folder's tokenizer as each of transformers' two loaders reads it."""
+    loaders = (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast)
+    return [loader.from_pretrained(folder) for loader in loaders]

@@ -1,0 +1,371 @@
+"""Text to rows: the split shares nothing, each token is a target once, rows are found by number."""
+
+import itertools
+import sys
+import types
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minids import data
+from minids.data import Packed, encode, encode_train, load_corpus, split_fim
+from minids.tokenizer import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, train_tokenizer
+
+# a share of 0.1 of 2,000 documents lies within 5 standard deviations (p = 6e-7) of its mean
+N_FIM, FIM_BOUND = 2000, 5 * (2000 * 0.1 * 0.9) ** 0.5
+SHARES = (0.03, 0.08)  # "about 5 %": the stdlib is one draw of documents of unequal length
+DOCUMENTS = [[BOS, 10 * n, *range(10 * n + 1, 10 * n + 1 + n % 5), EOS] for n in range(1, 8)]
+
+
+@pytest.fixture(scope="module")
+def corpus() -> data.Corpus:
+    return load_corpus()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["def f(x):\n    return x\n", "Some words of prose.\n"], 270)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Prose and code, among things that are neither."""
+    for n in range(30):
+        (tmp_path / f"{n}.txt").write_text(f"prose {n}\n")
+        (tmp_path / f"{n}.py").write_text(f"code = {n}\n")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "hidden.txt").write_text("hidden")
+    return tmp_path
+
+
+def everything(corpus: data.Corpus) -> list[str]:
+    return [text for side in corpus for texts in side.values() for text in texts]
+
+
+def stream(packed: Packed, rows: int) -> list[int]:
+    """Put rows back together: all of the first, then the targets of each."""
+    tokens, _ = packed.rows(0, rows)
+    return tokens[0].tolist() + tokens[1:, 1:].flatten().tolist()
+
+
+# worked examples
+
+
+def test_packing_by_hand():
+    """Two documents of 3 and 4 tokens in rows of 3 targets: a row starts at the last one's end."""
+    a, b = [0, 8, 1], [0, 6, 7, 1]
+    tokens, documents = Packed([a, b], seq_len=3, seed=0).rows(0, 2)
+    if tokens[0, 1] == 8:  # chance decides which one leads; these are a b and b a
+        assert tokens.tolist() == [[0, 8, 1, 0], [0, 6, 7, 1]]
+        assert documents.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+    else:
+        assert tokens.tolist() == [[0, 6, 7, 1], [1, 0, 8, 1]]
+        assert documents.tolist() == [[0, 0, 0, 0], [0, 1, 1, 1]]
+
+
+def test_fim_layout_by_hand(tokenizer):
+    """bos, begin, prefix, hole, suffix, end, middle, eos: fact sheet 3.2, behind a bos."""
+    text = "def f(x):\n    return x\n"
+    prefix, middle, suffix = (tokenizer.encode(p).ids for p in split_fim(text, 1.0, 3))
+    (document,) = encode([text], tokenizer, fim_rate=1.0, seed=3)
+    rest = [FIM_BEGIN, *prefix, FIM_HOLE, *suffix, FIM_END, *middle, EOS]
+    assert document.tokens == [BOS, *rest]
+
+
+def test_plain_layout_and_sizes(tokenizer):
+    documents = encode(["words", "né😀", ""], tokenizer)
+    assert documents[0].tokens == [BOS, *tokenizer.encode("words").ids, EOS]
+    assert [(d.n_chars, d.n_bytes) for d in documents] == [(5, 5), (3, 7), (0, 0)]
+    assert documents[2].tokens == [BOS, EOS]
+
+
+# the corpus
+
+
+def test_stdlib_has_two_domains_and_holds_out_five_percent(corpus):
+    for domain, least in (("prose", 300_000), ("code", 2_000_000)):
+        train = sum(map(len, corpus.train[domain]))
+        heldout = sum(map(len, corpus.heldout[domain]))
+        assert train + heldout > least
+        assert SHARES[0] < heldout / (train + heldout) < SHARES[1]
+        assert len(corpus.heldout[domain]) >= 3
+
+
+def test_stdlib_is_deterministic_and_has_no_tests(corpus):
+    assert load_corpus() == corpus
+    assert not any("unittest.main(" in text[-200:] for text in corpus.train["code"])
+
+
+def test_no_document_is_on_both_sides(corpus):
+    assert max(Counter(everything(corpus)).values()) == 1
+
+
+def test_heldout_prose_is_not_a_section_of_training_prose(corpus):
+    """The raw topics repeat each other: "if" stands whole in "compound"."""
+    lines = {line for text in corpus.train["prose"] for line in text.splitlines()}
+    for text in corpus.heldout["prose"]:
+        long = [line for line in text.splitlines() if len(line.strip()) >= 30]
+        assert sum(line in lines for line in long) <= len(long) / 2
+
+
+def test_identical_files_are_one_document(folder):
+    whole = load_corpus(folder)
+    (folder / "copy.txt").write_text("prose 3\n")
+    (folder / "copy.py").write_text("prose 3\n")
+    again = load_corpus(folder)
+    assert Counter(everything(again)) == Counter(everything(whole))
+
+
+def test_split_is_stable_when_documents_are_added(folder):
+    for n in range(30, 300):
+        (folder / f"{n}.txt").write_text(f"prose {n}\n")
+    before = load_corpus(folder)
+    assert len(before.heldout["prose"]) > 3
+    for n in range(300, 600):
+        (folder / f"{n}.txt").write_text(f"prose {n}\n")
+    after = load_corpus(folder)
+    assert set(before.heldout["prose"]) < set(after.heldout["prose"])
+    assert set(before.train["prose"]) < set(after.train["prose"])
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_neither_side_is_empty(tmp_path, count):
+    for n in range(count):
+        (tmp_path / f"{n}.txt").write_text(f"{count} {n}")
+    corpus = load_corpus(tmp_path)
+    assert corpus.heldout["prose"]
+    assert corpus.train["prose"]
+    assert set(corpus.train) == set(corpus.heldout) == {"prose"}
+
+
+def test_folder_has_two_domains_by_suffix(folder):
+    corpus = load_corpus(str(folder))
+    for domain, start in (("prose", "prose "), ("code", "code = ")):
+        texts = corpus.train[domain] + corpus.heldout[domain]
+        assert len(texts) == 30
+        assert all(text.startswith(start) for text in texts)
+
+
+def test_one_file_becomes_several_documents(tmp_path):
+    """A long one in pieces of at most LONGEST, a short one in about 20, cut at line ends."""
+    for lines in (100_000, 50):
+        text = "".join(f"line {n} of it\n" for n in range(lines))
+        (tmp_path / "text.md").write_text(text)
+        corpus = load_corpus(tmp_path / "text.md")
+        pieces = everything(corpus)
+        assert len(pieces) >= 15
+        assert all(piece.endswith("\n") and len(piece) <= data.LONGEST for piece in pieces)
+        assert sorted("".join(pieces).splitlines()) == sorted(text.splitlines())
+
+
+def test_lines_longer_than_a_document_are_cut_anyway(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"{n}," for n in range(20_000)))
+    assert max(map(len, everything(load_corpus(tmp_path)))) <= data.LONGEST
+
+
+@pytest.mark.parametrize("limit", [1_000, 50_000])
+def test_max_chars_is_the_size_of_a_domain(limit):
+    corpus = load_corpus(max_chars=limit)
+    for domain in ("prose", "code"):
+        assert sum(map(len, corpus.train[domain] + corpus.heldout[domain])) == limit
+
+
+def test_files_without_text_are_skipped_aloud(folder):
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "zeros.bin").write_bytes(b"a\0b")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.warns(UserWarning, match="skipped 3 files") as caught:
+        corpus = load_corpus(folder)
+    for reason in (r"empty.txt (empty)", "zeros.bin (binary)", "latin.txt (not UTF-8)"):
+        assert reason in str(caught[0].message)
+    assert len(everything(corpus)) == 60
+
+
+@pytest.mark.parametrize("content", [b"", b"a\0b", b"\xff\xfe\xfa"])
+@pytest.mark.filterwarnings("ignore:skipped 1 file")
+def test_a_file_without_text_is_refused(tmp_path, content):
+    (tmp_path / "it.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"no text in .*it\.txt"):
+        load_corpus(tmp_path / "it.txt")
+
+
+def test_bad_sources_say_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere"):
+        load_corpus(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no text in"):
+        load_corpus(tmp_path)
+    with pytest.raises(ValueError, match="max_chars must be at least 1, got 0"):
+        load_corpus(max_chars=0)
+    (tmp_path / "one.txt").write_text("a")
+    with pytest.raises(ValueError, match="prose needs two different documents"):
+        load_corpus(tmp_path)
+
+
+# hf:NAME
+
+
+def fake_datasets(monkeypatch, rows):
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        if isinstance(rows, Exception):
+            raise rows
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+@pytest.mark.parametrize(("column", "domain"), [("text", "prose"), ("content", "code")])
+def test_hf_streams_a_data_set(monkeypatch, column, domain):
+    asked = fake_datasets(monkeypatch, [{"id": n, column: f"row {n}"} for n in range(50)])
+    corpus = load_corpus("hf:owner/name", max_chars=100)
+    assert asked == [("owner/name", "train", True)]
+    assert set(corpus.train) == {domain}
+    assert sum(map(len, everything(corpus))) == 100
+
+
+def test_hf_errors_name_the_reason(monkeypatch):
+    fake_datasets(monkeypatch, [{"label": 1}])
+    with pytest.raises(ValueError, match=r"needs a column text, content or code, got \['label'\]"):
+        load_corpus("hf:x")
+    fake_datasets(monkeypatch, ConnectionError("offline"))
+    with pytest.raises(ValueError, match=r"cannot read hf:x.*offline"):
+        load_corpus("hf:x")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="hf:x needs 'pip install datasets'"):
+        load_corpus("hf:x")
+
+
+# fill in the middle
+
+
+def test_fim_rate_is_a_tenth_and_pieces_give_the_text_back():
+    texts = [f"document {n}\n" * (n % 7) for n in range(N_FIM)]
+    pieces = [split_fim(text, 0.1, seed=0) for text in texts]
+    assert ["".join(piece) for piece in pieces] == texts
+    # the 7th part of the texts is empty, so equal: leave those out of the count
+    full = [len(piece) == 3 for piece, text in zip(pieces, texts, strict=True) if text]
+    assert abs(sum(full) - 0.1 * len(full)) < FIM_BOUND
+    assert [split_fim(text, 0.1, seed=0) for text in texts] == pieces
+    assert [split_fim(text, 0.1, seed=1) for text in texts] != pieces
+
+
+@given(st.text(), st.integers(0, 2**32))
+def test_fim_of_any_text_gives_it_back(text, seed):
+    pieces = split_fim(text, 1.0, seed)
+    assert len(pieces) == 3
+    assert "".join(pieces) == text
+    assert split_fim(text, 0.0, seed) == [text]
+
+
+def test_fim_places_are_uniform():
+    """All 66 cuts of 10 characters (two places of 11, sorted) come up, with equal places 1 in 11."""
+    cuts = Counter(tuple(map(len, split_fim("0123456789", 1.0, seed))) for seed in range(N_FIM))
+    assert len(cuts) == 66
+    middle_is_empty = sum(n for (_, middle, _), n in cuts.items() if middle == 0)
+    assert abs(middle_is_empty - N_FIM / 11) < FIM_BOUND  # 1/11 varies less than 1/10
+
+
+def test_fim_is_for_code_alone(tokenizer):
+    texts = [f"text {n}" for n in range(300)]
+    corpus = data.Corpus({"prose": texts, "code": [t + ";" for t in texts]}, {})
+    encoded = encode_train(corpus, tokenizer, fim_rate=0.5, seed=0)
+    has_fim = [FIM_HOLE in tokens for tokens in encoded]
+    assert not any(has_fim[:300])
+    assert 100 < sum(has_fim[300:]) < 200
+    assert len(encode_train(data.Corpus({"prose": texts}, {}), tokenizer)) == 300
+
+
+def test_text_that_spells_a_special_token_stays_text(tokenizer):
+    (document,) = encode(["a<｜end▁of▁sentence｜>b"], tokenizer)
+    assert document.tokens.count(EOS) == 1
+
+
+def test_a_tokenizer_with_other_ids_is_refused():
+    from tokenizers import Tokenizer, models
+
+    with pytest.raises(ValueError, match=r"tokenizer must have .* as ids 0, 1"):
+        encode(["a"], Tokenizer(models.BPE()))
+
+
+# packing
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    seq_len=st.integers(1, 20),
+    seed=st.integers(0, 2**32),
+)
+def test_each_token_is_a_target_once_an_epoch(lengths, seq_len, seed):
+    """The stream, cut by epochs, is all documents whole, in any order; ids tell them apart."""
+    documents = [[100 * n + place for place in range(length)] for n, length in enumerate(lengths)]
+    epoch = sum(lengths)
+    if epoch <= seq_len:
+        with pytest.raises(ValueError, match="must fill a row"):
+            Packed(documents, seq_len, seed)
+        return
+    tokens = stream(Packed(documents, seq_len, seed), rows=-(-3 * epoch // seq_len))
+    for start in range(0, 3 * epoch, epoch):
+        left = tokens[start : start + epoch]
+        while left:
+            document = documents[left[0] // 100]
+            assert left[: len(document)] == document
+            left = left[len(document) :]
+        assert Counter(tokens[start : start + epoch]) == Counter(itertools.chain(*documents))
+
+
+def test_rows_overlap_by_one_token():
+    tokens, _ = Packed(DOCUMENTS, 5, seed=0).rows(0, 40)
+    assert (tokens[1:, 0] == tokens[:-1, -1]).all()
+
+
+def test_a_row_depends_on_its_number_alone():
+    """One by one, in any order and by another object: what resume and 1x64 = 4x16 rest on."""
+    tokens, documents = Packed(DOCUMENTS, 5, seed=1).rows(0, 60)
+    packed = Packed(DOCUMENTS, 5, seed=1)
+    for n in np.random.default_rng(0).permutation(60).tolist():
+        row, numbers = packed.rows(n, 1)
+        assert row[0].equal(tokens[n])
+        assert numbers[0].equal(documents[n])
+
+
+def test_far_rows_cost_nothing_more():
+    tokens, _ = Packed(DOCUMENTS, 5, seed=1).rows(10**9, 2)
+    assert tokens.shape == (2, 6)
+
+
+def test_epochs_and_seeds_differ():
+    epoch = sum(map(len, DOCUMENTS))
+    tokens = stream(Packed(DOCUMENTS, epoch - 1, seed=0), rows=4)
+    epochs = [tuple(tokens[start : start + epoch]) for start in range(0, 3 * epoch, epoch)]
+    other = stream(Packed(DOCUMENTS, epoch - 1, seed=1), rows=1)
+    assert len({*epochs, tuple(other)}) == 4
+
+
+def test_document_numbers_change_exactly_at_bos():
+    tokens, documents = Packed(DOCUMENTS, 11, seed=0).rows(0, 50)
+    steps = documents[:, 1:] - documents[:, :-1]
+    assert steps.equal((tokens[:, 1:] == BOS).long())
+    assert (documents[:, 0] == 0).all()
+
+
+def test_lone_document_is_numbered_anew_each_time():
+    tokens, documents = Packed([[BOS, 7, EOS]], 2, seed=0).rows(0, 4)
+    assert tokens.tolist() == [[0, 7, 1], [1, 0, 7], [7, 1, 0], [0, 7, 1]]
+    assert documents.tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 1], [0, 0, 0]]
+
+
+def test_bad_packing_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"must fill a row of 8 tokens .* 7 tokens in all"):
+        Packed([[0, 8, 1], [0, 6, 7, 1]], 7, seed=0)
+    with pytest.raises(ValueError, match="none be empty"):
+        Packed([[0, 8, 1], []], 2, seed=0)
+    with pytest.raises(ValueError, match="seq_len must be >= 1 and seed >= 0, got 0 and -1"):
+        Packed(DOCUMENTS, 0, seed=-1)
+    with pytest.raises(ValueError, match="start >= 0 and count >= 1, got -1 and 0"):
+        Packed(DOCUMENTS, 4, seed=0).rows(-1, 0)
