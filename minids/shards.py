@@ -1,0 +1,185 @@
+"""The tensors of a checkpoint: their published names, and shards that are opened with distrust.
+
+Paper   none; the files of the release (fact sheet 3.5): names, shapes and dtypes.
+Dims    none: shapes are those of the model's own weights.
+Book    book/14_train.ipynb             Kernel  none
+Differs MTP modules behind the first (none is released) go on counting layers.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minids.config import Config
+from minids.model import Transformer
+
+INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # in a safetensors header
+_MAX_JSON_BYTES = 1 << 27  # the release's index has 9 MB
+FP8 = torch.float8_e4m3fn
+_TABLES = {"embed": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
+_COPIES = {"embed": "embed_tokens.weight", "head.weight": "shared_head.head.weight"}  # a MTP module
+# our name inside a layer or MTP module: the published one
+_TENSORS = {
+    "attn_norm.gain": "input_layernorm.weight", "ffn_norm.gain": "post_attention_layernorm.weight",
+    "attn.w_dq.weight": "self_attn.q_a_proj.weight", "attn.w_o.weight": "self_attn.o_proj.weight",
+    "attn.w_uq.weight": "self_attn.q_b_proj.weight", "attn.w_q.weight": "self_attn.q_proj.weight",
+    "attn.w_dkv.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attn.w_ukv.weight": "self_attn.kv_b_proj.weight",
+    "attn.q_norm.gain": "self_attn.q_a_layernorm.weight",
+    "attn.kv_norm.gain": "self_attn.kv_a_layernorm.weight",
+    "ffn.w_gate.weight": "mlp.gate_proj.weight", "ffn.w_up.weight": "mlp.up_proj.weight",
+    "ffn.w_down.weight": "mlp.down_proj.weight", "ffn.router.centroids": "mlp.gate.weight",
+    "ffn.router.bias": "mlp.gate.e_score_correction_bias",
+    "ffn.shared.w_gate.weight": "mlp.shared_experts.gate_proj.weight",
+    "ffn.shared.w_up.weight": "mlp.shared_experts.up_proj.weight",
+    "ffn.shared.w_down.weight": "mlp.shared_experts.down_proj.weight",
+    "embedding_norm.gain": "enorm.weight", "hidden_norm.gain": "hnorm.weight",
+    "w_merge.weight": "eh_proj.weight", "norm.gain": "shared_head.norm.weight",
+}  # fmt: skip
+
+
+class Slot(NamedTuple):
+    """One tensor of a checkpoint; `value` shares the model's memory."""
+
+    name: str
+    value: Tensor
+    copy_of: str | None = None  # MTP modules carry copies of embedding and head
+
+    def dtype(self, stored: torch.dtype) -> torch.dtype:
+        """Return the dtype it has in a file of `stored` weights (fact sheet 3.5)."""
+        if self.name.endswith("e_score_correction_bias"):
+            return torch.float32
+        in_fp8 = "self_attn." in self.name or "mlp." in self.name
+        kept = self.value.ndim == 1 or self.name.endswith("mlp.gate.weight") or not in_fp8
+        return torch.bfloat16 if stored == FP8 and kept else stored
+
+
+def slots(model: Transformer) -> Iterator[Slot]:
+    """Yield every tensor of a model's checkpoint, expert by expert; copies come last."""
+    for name, value in model.state_dict().items():
+        if not name.startswith(("layers.", "mtp.")):
+            yield Slot(_TABLES.get(name, "model.norm.weight"), value)
+            continue
+        kind, number, rest = name.split(".", 2)
+        rest = rest.removeprefix("block.")
+        at = f"model.layers.{int(number) + (model.cfg.n_layers if kind == 'mtp' else 0)}."
+        if rest in _TENSORS:
+            yield Slot(at + _TENSORS[rest], value)
+            continue
+        for e, expert in enumerate(value):
+            parts = {"gate": expert[0], "up": expert[1]} if "gate_up" in rest else {"down": expert}
+            for part, weight in parts.items():
+                yield Slot(f"{at}mlp.experts.{e}.{part}_proj.weight", weight)
+    for k in range(model.cfg.mtp_depth):
+        for ours, copy in _COPIES.items():
+            name = f"model.layers.{model.cfg.n_layers + k}.{copy}"
+            yield Slot(name, model.state_dict()[ours], copy_of=_TABLES[ours])
+
+
+def tensor_names(
+    cfg: Config, stored: torch.dtype = torch.bfloat16
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of every tensor in files of `stored` weights; FP8 has block scales."""
+    found = {}
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    for slot in slots(model):
+        shape, dtype = tuple(slot.value.shape), slot.dtype(stored)
+        found[slot.name] = (shape, dtype)
+        if dtype == FP8:
+            blocks = tuple(math.ceil(width / 128) for width in shape)
+            found[f"{slot.name}_scale_inv"] = (blocks, torch.float32)
+    return found
+
+
+def member(folder: Path, name: str) -> Path:
+    """Return a file of the folder; ValueError if its name leads out, by `..`, a root or a link."""
+    try:
+        path, roots = folder / name, [folder.resolve()]
+        real, is_file = path.resolve(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: cannot hold a file {name!r:.80}: {error}") from None
+    if roots[0].parent.name == "snapshots":  # the hub's cache: a snapshot links into its blobs
+        roots.append(roots[0].parents[1] / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise ValueError(f"{path}: points outside the folder, to {real}")
+    if not is_file:
+        raise FileNotFoundError(f"{path}: no such file")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"larger than {_MAX_JSON_BYTES} bytes")
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must be a JSON object, got {value!r:.80}")
+    return value
+
+
+def _open(path: Path, stack: ExitStack) -> Any:
+    """Return safetensors' handle (untyped); it compares its header with the file's size."""
+    try:
+        return stack.enter_context(safe_open(path, "pt"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def open_shards(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
+    """Return file and handle of every tensor; it must be where the index says, and only there."""
+    if not os.path.lexists(folder / INDEX):
+        path = member(folder, _SINGLE)
+        file = _open(path, stack)
+        return {name: (path, file) for name in file.keys()}
+    index = member(folder, INDEX)
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise ValueError(f"{index}: weight_map must map tensors to files, got {places!r:.80}")
+    found = {}
+    for shard in sorted(set(places.values())):
+        path = member(folder, shard)
+        file = _open(path, stack)
+        for name in file.keys():
+            if name in found:
+                raise ValueError(f"{path}: {name} is in {found[name][0].name} too")
+            if places.get(name) != shard:
+                raise ValueError(f"{path}: unexpected tensor {name}, {INDEX} does not put it here")
+            found[name] = path, file
+    if absent := sorted(places.keys() - found.keys()):
+        raise ValueError(f"{folder / places[absent[0]]}: tensor {absent[0]} is missing")
+    return found
+
+
+def check_headers(
+    model: Transformer, folder: Path, found: dict[str, tuple[Path, Any]]
+) -> torch.dtype:
+    """Return the dtype of the stored weights; ValueError if a name, shape or dtype is wrong."""
+    stored, names = torch.float32, set()
+    for slot in slots(model):
+        if slot.name not in found:
+            raise ValueError(f"{folder}: tensor {slot.name} is missing")
+        path, file = found[slot.name]
+        header = file.get_slice(slot.name)
+        is_now = header.get_dtype(), header.get_shape()
+        if not names and is_now[0] == "BF16":
+            stored = torch.bfloat16  # the first tensor decides for all
+        must_be = CODES[slot.dtype(stored)], list(slot.value.shape)
+        if is_now != must_be:
+            fp8 = " (FP8 reading is not available yet)" if is_now[0].startswith("F8") else ""
+            raise ValueError(f"{path}: {slot.name} must be {must_be}, got {is_now}{fp8}")
+        names.add(slot.name)
+    if extra := sorted(found.keys() - names):
+        raise ValueError(f"{found[extra[0]][0]}: unexpected tensor {extra[0]}")
+    return stored
