@@ -68,7 +68,7 @@ def take_step(
     Raises FloatingPointError, weights and biases untouched, for a loss or gradient not finite.
     """
     n_targets, half = count_targets(tokens, documents), model.cfg.precision == "bf16"
-    sums, load = torch.zeros(2 + model.cfg.mtp_depth), torch.zeros(())
+    sums, load = torch.zeros(2 + model.cfg.mtp_depth), torch.zeros((), dtype=torch.int64)
     cuts = (tokens.chunk(micro_batches), documents.chunk(micro_batches))
     for rows, marks in zip(*cuts, strict=True):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half and tokens.is_cuda):
