@@ -155,22 +155,26 @@ def load(
     """
     wanted = None if dtype is None else _dtype(dtype, torch.float32)
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # the meta device has nothing to give
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used: {error}") from None
     folder = _readable(folder)
     config = member(folder, _CONFIG)
     published = read_json(config)
+    try:
+        cfg = from_hf(published)
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from None
     with ExitStack() as stack:
         found = open_shards(folder, stack)
-        try:
-            cfg = from_hf(published)
-            if cfg.n_layers + cfg.mtp_depth > len(found):  # before so many layers are built
-                raise ValueError(f"{cfg.n_layers} layers, and {len(found)} tensors in the folder")
-            with torch.device("meta"):
+        size = sum(path.stat().st_size for path in {path for path, _ in found.values()})
+        if cfg.n_layers + cfg.mtp_depth > len(found) or cfg.qk_rope_head_dim > size:
+            raise ValueError(f"{config}: describes more than the {len(found)} tensors beside it")
+        with torch.device("meta"):
+            try:
                 model = Transformer(cfg)
-        except (ValueError, RuntimeError) as error:  # RuntimeError: more elements than torch counts
-            raise ValueError(f"{config}: {error}") from None
+            except (RuntimeError, TypeError) as error:  # more elements than torch can count
+                raise ValueError(f"{config}: impossible sizes: {error}") from None
         stored = check_headers(model, folder, found)
         _allocate(model, wanted or stored, device)
         _read_values(model, found, allow_nonfinite)

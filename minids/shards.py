@@ -75,7 +75,8 @@ def slots(model: Transformer) -> Iterator[Slot]:
         if rest in _TENSORS:
             yield Slot(at + _TENSORS[rest], value)
             continue
-        for e, expert in enumerate(value):
+        for e in range(len(value)):
+            expert = value[e]
             parts = {"gate": expert[0], "up": expert[1]} if "gate_up" in rest else {"down": expert}
             for part, weight in parts.items():
                 yield Slot(f"{at}mlp.experts.{e}.{part}_proj.weight", weight)
