@@ -8,6 +8,7 @@ Differs bos stands before every document, FIM or not (in the report FIM begins w
 """
 
 import importlib.util
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from minids.tokenizer import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, SPECIAL_TOKENS
 
+_Rows = Int[Tensor, "count T1"]
 HELDOUT = 0.05  # of the documents, so about of the characters
 LONGEST = 20_000  # characters; a longer local file becomes several documents, cut at line ends
 _SALT = "6"  # of the split's hash: the first that holds out 4.5-5.5 % of either stdlib domain
@@ -35,14 +37,14 @@ _CODE = """.c .cc .cpp .cs .css .cu .go .h .hpp .html .java .jl .js .json .kt .l
 
 
 class Corpus(NamedTuple):
-    """Documents by domain, "prose" and "code"; no text stands twice in all of it."""
+    """Documents by domain, "prose" and "code"; no text is in it twice."""
 
     train: dict[str, list[str]]
     heldout: dict[str, list[str]]
 
 
 class Document(NamedTuple):
-    """The ids of one document, bos and eos with them, and the size of its text (in UTF-8)."""
+    """The ids of one document, bos and eos included, and the size of its text (in UTF-8)."""
 
     tokens: list[int]
     n_chars: int
@@ -66,13 +68,15 @@ def load_corpus(source: str | Path = "stdlib", max_chars: int = 4_000_000) -> Co
         domains = _hugging_face(name.removeprefix("hf:"))
     else:
         domains = _local(Path(source), skipped)
-    taken = {domain: list(_take(texts, max_chars, seen)) for domain, texts in domains.items()}
+    corpus = Corpus({}, {})
+    for domain, texts in domains.items():
+        if documents := list(_take(texts, max_chars, seen)):
+            corpus.train[domain], corpus.heldout[domain] = _split(domain, documents)
     if skipped:
         warnings.warn(f"skipped {len(skipped)} files: {', '.join(skipped[:9])}", stacklevel=2)
-    if not any(taken.values()):
+    if not corpus.train:
         raise ValueError(f"no text in {name}: name a UTF-8 file that is not empty, or a folder")
-    splits = {domain: _split(domain, documents) for domain, documents in taken.items() if documents}
-    return Corpus(*({domain: splits[domain][side] for domain in splits} for side in (0, 1)))
+    return corpus
 
 
 def _take(texts: Iterable[str], max_chars: int, seen: set[str]) -> Iterator[str]:
@@ -87,7 +91,7 @@ def _take(texts: Iterable[str], max_chars: int, seen: set[str]) -> Iterator[str]
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(sha256(text.encode()).digest()[:8], "big")
+    return int.from_bytes(sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def _cut(text: str, longest: int) -> Iterator[str]:
@@ -101,8 +105,9 @@ def _cut(text: str, longest: int) -> Iterator[str]:
 
 def _split(domain: str, texts: list[str]) -> tuple[list[str], list[str]]:
     """Hold out documents of low hash, whatever stands beside them, but leave neither side empty."""
-    if len(texts) == 1:
-        texts = list(dict.fromkeys(_cut(texts[0], len(texts[0]) // 20 + 1)))
+    if len(texts) == 1:  # about 20 parts of whole lines
+        line = max(map(len, texts[0].split("\n"))) + 1
+        texts = list(dict.fromkeys(_cut(texts[0], max(line, len(texts[0]) // 20))))
     if len(texts) == 1:
         raise ValueError(f"{domain} needs two different documents, one to hold out: give more text")
     rank = {text: _hash(_SALT + text) for text in texts}
@@ -118,7 +123,7 @@ def _stdlib() -> dict[str, Iterable[str]]:
         raise ValueError("this Python lacks its help topics or source: name a file or folder")
     topics = importlib.import_module("pydoc_data.topics").topics.values()
     prose, seen = [], set()
-    for text in sorted(topics, key=lambda text: (-len(text), text)):
+    for text in sorted(topics, key=len, reverse=True):
         lines = {line.strip() for line in text.splitlines() if len(line.strip()) >= 30}
         if len(lines & seen) <= len(lines) / 2:  # many topics are a section of a longer one
             prose.append(text)
@@ -129,15 +134,12 @@ def _stdlib() -> dict[str, Iterable[str]]:
 def _local(source: Path, skipped: list[str]) -> dict[str, Iterable[str]]:
     if not source.exists():
         raise FileNotFoundError(f"no file or folder {source}; other sources: stdlib, hf:NAME")
-    root, inside = (source.parent, [source]) if source.is_file() else (source, source.rglob("*"))
     sides: dict[str, list[Path]] = {"prose": [], "code": []}
-    for path in inside:
-        hidden = any(
-            part[0] == "." or part == "__pycache__" for part in path.relative_to(root).parts
-        )
+    for path in [source] if source.is_file() else source.rglob("*"):
+        hidden = re.search(r"(^|/)(\.[^/]|__pycache__)", path.relative_to(source).as_posix())
         if path.is_file() and not hidden:
             sides["code" if path.suffix.lower() in _CODE else "prose"].append(path)
-    texts = {domain: _read(paths, root, skipped) for domain, paths in sides.items()}
+    texts = {domain: _read(paths, source, skipped) for domain, paths in sides.items()}
     return {d: (part for text in texts[d] for part in _cut(text, LONGEST)) for d in texts}
 
 
@@ -183,11 +185,11 @@ def encode(
 ) -> list[Document]:
     """Put each text between bos and eos, a share `fim_rate` in prefix-suffix-middle order.
 
-    Raises ValueError for a tokenizer whose special tokens have other ids than minids gives them.
+    Raises ValueError for a tokenizer with other special ids than minids'.
     """
-    n_special = FIM_END + 1 if fim_rate else EOS + 1
-    if [tokenizer.id_to_token(id) for id in range(n_special)] != SPECIAL_TOKENS[:n_special]:
-        raise ValueError(f"tokenizer must have {SPECIAL_TOKENS[:n_special]} as ids 0, 1, ...")
+    special = SPECIAL_TOKENS[: FIM_END + 1 if fim_rate else EOS + 1]
+    if [tokenizer.id_to_token(id) for id in range(len(special))] != special:
+        raise ValueError(f"tokenizer must have {special} as ids 0, 1, ...")
     documents = []
     for text in tqdm(texts, desc="encode", unit=" documents", delay=3, leave=False):
         pieces = tokenizer.encode_batch(split_fim(text, fim_rate, seed), add_special_tokens=False)
@@ -207,14 +209,11 @@ def encode_train(
     return [document.tokens for document in prose + code]
 
 
-_Rows = Int[Tensor, "count T1"]
-
-
 class Packed:
     """An endless stream of rows: each epoch all documents, end to end, in a new order.
 
-    Row n holds tokens nT..nT+T of the stream, which runs on from epoch to epoch: each token is a
-    target once an epoch, and no tail is dropped. A row depends on documents, seed and n alone.
+    Row n is tokens nT..nT+T of the stream, which runs on from epoch to epoch: each token is once
+    an epoch a target, no tail is dropped, and a row depends on documents, seed and n alone.
     Raises ValueError for an empty document, and when all documents do not fill one row.
     """
 
@@ -224,10 +223,8 @@ class Packed:
         if seq_len < 1 or seed < 0:
             raise ValueError(f"seq_len must be >= 1 and seed >= 0, got {seq_len} and {seed}")
         if self.n_tokens <= seq_len or not self._lengths.all():
-            raise ValueError(
-                f"documents must fill a row of {seq_len + 1} tokens and none be empty, "
-                f"got lengths {self._lengths[:8].tolist()}, {self.n_tokens} tokens in all"
-            )
+            need = f"must not be empty and must fill a row of {seq_len + 1} tokens"
+            raise ValueError(f"documents {need}, got lengths {self._lengths[:9]}")
         self.seq_len, self.seed = seq_len, seed
         self._flat = np.concatenate(documents)
         self._starts = self._lengths.cumsum() - self._lengths

@@ -161,6 +161,11 @@ def test_one_file_becomes_several_documents(tmp_path):
         assert sorted("".join(pieces).splitlines()) == sorted(text.splitlines())
 
 
+def test_a_hidden_file_is_read_when_named(tmp_path):
+    (tmp_path / ".notes").write_text("line one\nline two\n")
+    assert sorted(everything(load_corpus(tmp_path / ".notes"))) == ["line one\n", "line two\n"]
+
+
 def test_lines_longer_than_a_document_are_cut_anyway(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"{n}," for n in range(20_000)))
     assert max(map(len, everything(load_corpus(tmp_path)))) <= data.LONGEST
@@ -264,7 +269,7 @@ def test_fim_of_any_text_gives_it_back(text, seed):
 
 
 def test_fim_places_are_uniform():
-    """All 66 cuts of 10 characters (two places of 11, sorted) come up, with equal places 1 in 11."""
+    """All 66 cuts of 10 characters (two places of 11, sorted) come up, equal ones 1 in 11."""
     cuts = Counter(tuple(map(len, split_fim("0123456789", 1.0, seed))) for seed in range(N_FIM))
     assert len(cuts) == 66
     middle_is_empty = sum(n for (_, middle, _), n in cuts.items() if middle == 0)
@@ -361,9 +366,9 @@ def test_lone_document_is_numbered_anew_each_time():
 
 
 def test_bad_packing_says_what_is_wrong():
-    with pytest.raises(ValueError, match=r"must fill a row of 8 tokens .* 7 tokens in all"):
+    with pytest.raises(ValueError, match=r"must fill a row of 8 tokens, got lengths \[3 4\]"):
         Packed([[0, 8, 1], [0, 6, 7, 1]], 7, seed=0)
-    with pytest.raises(ValueError, match="none be empty"):
+    with pytest.raises(ValueError, match=r"must not be empty .* got lengths \[3 0\]"):
         Packed([[0, 8, 1], []], 2, seed=0)
     with pytest.raises(ValueError, match="seq_len must be >= 1 and seed >= 0, got 0 and -1"):
         Packed(DOCUMENTS, 0, seed=-1)
