@@ -5,7 +5,7 @@ Dims    none.
 Book    book/00_start.ipynb             Kernel  none
 """
 
-from minids.cli import main
+from minids.cli import app
 
 if __name__ == "__main__":
-    main()
+    app(prog_name="minids")
