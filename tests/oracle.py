@@ -12,8 +12,11 @@ What was found by trying 5.23.0, and is handled here:
 - No shared expert makes it build layers of width 0, and torch warns about filling those.
 """
 
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -232,3 +235,59 @@ def tokenizers(folder) -> list[transformers.PreTrainedTokenizerBase]:
     """Return a folder's tokenizer as each of transformers' two loaders reads it."""
     loaders = (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast)
     return [loader.from_pretrained(folder) for loader in loaders]
+
+
+# Folders that minids.checkpoint wrote, read by transformers itself, and back.
+
+
+@contextmanager
+def mtp_layers_known(cfg: Config) -> Iterator[None]:
+    """Let V3's class find MTP weights behind `n_layers`; of itself it knows layer 61 alone."""
+    kind = transformers.DeepseekV3ForCausalLM
+    before = kind._keys_to_ignore_on_load_unexpected
+    layers = range(cfg.n_layers, cfg.n_layers + cfg.mtp_depth)
+    kind._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{k}\." for k in layers]
+    try:
+        yield
+    finally:
+        kind._keys_to_ignore_on_load_unexpected = before
+
+
+def from_folder(folder: Path, cfg: Config) -> Oracle:
+    """Return what `from_pretrained` reads; every weight must be found, and none be left over."""
+    kind = {
+        "sigmoid": transformers.DeepseekV3ForCausalLM,
+        "softmax": transformers.DeepseekV2ForCausalLM,
+    }[cfg.score_func]
+    oracle = Oracle.__new__(Oracle)  # no weights are copied
+    oracle.cfg = cfg
+    oracle.main, found = kind.from_pretrained(
+        folder,
+        output_loading_info=True,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    assert not any(found.values()), found
+    oracle.mtp = MtpModel.from_pretrained(oracle.main).eval() if cfg.mtp_depth else None
+    return oracle
+
+
+def generate(oracle: Oracle, ids: Tensor, new_tokens: int, use_mtp: bool = False) -> Tensor:
+    """Return ids [1, T] with `new_tokens` greedy ones behind; no token stops it."""
+    return oracle.main.generate(
+        ids, max_new_tokens=new_tokens, do_sample=False, use_mtp=use_mtp, eos_token_id=None
+    )
+
+
+def auto_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def rewritten_config(published: dict, folder: Path) -> dict:
+    """Return the config.json that transformers writes after reading a published one."""
+    kind = {
+        "deepseek_v3": transformers.DeepseekV3Config,
+        "deepseek_v2": transformers.DeepseekV2Config,
+    }[published["model_type"]]
+    kind.from_dict(published).save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
