@@ -29,14 +29,19 @@ def ramp_bounds(cfg: Config) -> tuple[int, int]:
         wavelength = cfg.original_seq_len / (2 * math.pi * times)
         return cfg.rotated_dim * math.log(wavelength) / (2 * math.log(cfg.rope_theta))
 
-    low, high = math.floor(pair_that_turns(cfg.beta_fast)), math.ceil(pair_that_turns(cfg.beta_slow))
+    low, high = (
+        math.floor(pair_that_turns(cfg.beta_fast)),
+        math.ceil(pair_that_turns(cfg.beta_slow)),
+    )
     return max(low, 0), min(high, cfg.rotated_dim - 1)
 
 
 def frequencies(cfg: Config) -> Float[Tensor, " R_half"]:
     """Return each pair's angle per position in radians, stretched by YaRN when `rope_factor` > 1."""
     dim = cfg.rotated_dim
-    freq = 1.0 / (cfg.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
+    freq = 1.0 / (
+        cfg.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    )
     if cfg.rope_factor == 1:
         return freq
     low, high = ramp_bounds(cfg)
@@ -63,7 +68,8 @@ def rotate(
     x: Float[Tensor, "B T *heads R"], phase: Complex[Tensor, "#B T R_half"]
 ) -> Float[Tensor, "B T *heads R"]:
     """Turn each pair of neighbouring channels (0, 1), (2, 3), ... by its position's angle."""
-    pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)).contiguous())
+    real, imaginary = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
     if x.ndim == 4:
         phase = rearrange(phase, "b t r -> b t 1 r")
-    return rearrange(torch.view_as_real(pairs * phase), "... r two -> ... (r two)").to(x.dtype)
+    turned = torch.complex(real, imaginary) * phase
+    return rearrange([turned.real, turned.imag], "two ... r -> ... (r two)").to(x.dtype)
