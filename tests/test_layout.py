@@ -1,0 +1,249 @@
+"""The shape of the repository, as rules; each is also shown to fail where it is broken."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOP_LEVEL = {
+    ".binder", ".ci", ".gitignore", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile",
+    "README.md", "book", "constraints.txt", "figures", "kernels", "minids", "pyproject.toml",
+    "tests",
+}  # fmt: skip
+# from config to model, in the order in which they are read
+CORE = ["config", "norm", "linear", "rope", "attention", "cache", "mla", "ffn", "router", "balance",
+        "moe", "block", "mtp", "model"]  # fmt: skip
+CORE_LINES, ALL_LINES, FILE_LINES, EXPORTS = 1300, 3000, 250, 12
+# a module without a test file of its own, with the reason
+NO_TEST = {
+    "__init__": "names only",
+    "__main__": "one line, run by test_cli",
+    "block": "two lines of equations, tested as the layers of test_model",
+}
+# a test without a module of its own, with the reason
+NO_MODULE = {
+    "layout": "rules of the repository",
+    "book_tools": "book/_tools",
+    "style": "figures/style.py",
+    "readme": "the lines that README.md shows",
+    "equations": "a property family: an independent loop from the equations",
+    "oracle": "a property family: equal to transformers",
+    "mistakes": "a property family: mistakes others make",
+    "hypothesis": "a property family: random legal configs",
+}
+HEAVY = {"figures", "matplotlib", "transformers", "typer"}
+EDGES = {"cli", "learn", "bench"}  # may import HEAVY inside functions, and cli typer anywhere
+LABELS = ["Paper", "Dims", "Book", "Kernel"]
+MOVES = {"view", "reshape", "permute", "transpose", "unsqueeze", "squeeze"}
+
+
+def modules(root: Path) -> list[Path]:
+    return sorted((root / "minids").rglob("*.py"))
+
+
+def core(root: Path) -> list[Path]:
+    """Return the modules of minids without its subpackages."""
+    return sorted((root / "minids").glob("*.py"))
+
+
+def n_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Return the modules that one statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Walk what runs when a module is imported: everything but the bodies of functions."""
+    yield node
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        for child in ast.iter_child_nodes(node):
+            yield from at_import(child)
+
+
+# Each rule takes a root and yields what breaks it.
+
+
+def top_level_is_as_designed(root: Path) -> Iterator[str]:
+    listed = {
+        entry.name
+        for entry in root.iterdir()
+        if entry.name not in untracked(root) and not entry.name.endswith(".egg-info")
+    }
+    yield from (f"{name} is not in the design" for name in sorted(listed - TOP_LEVEL))
+    yield from (f"{name} is missing" for name in sorted(TOP_LEVEL - listed))
+
+
+def untracked(root: Path) -> set[str]:
+    """Return the names that .gitignore names, and git's own."""
+    ignore = root / ".gitignore"
+    lines = ignore.read_text(encoding="utf-8").split() if ignore.exists() else []
+    return {".git", *(line.strip("/") for line in lines)}
+
+
+def kernels_is_no_package(root: Path) -> Iterator[str]:
+    if (root / "kernels/__init__.py").exists():
+        yield "kernels/__init__.py hides Hugging Face's kernels and breaks import transformers"
+
+
+def one_stem_across_folders(root: Path) -> Iterator[str]:
+    stems = {path.stem for path in core(root)}
+    tests = {path.stem.removeprefix("test_") for path in (root / "tests").glob("test_*.py")}
+    tests = {stem for stem in tests if not stem.startswith("kernel_")}
+    figures = {path.stem for path in (root / "figures").glob("*.py")} - {"__init__", "style"}
+    learn = {path.stem for path in (root / "minids").glob("*/*.py")}
+    yield from (f"minids/{s}.py has no test_{s}.py" for s in sorted(stems - tests - set(NO_TEST)))
+    allowed = stems | learn | set(NO_MODULE)
+    yield from (f"test_{s}.py tests no module of that name" for s in sorted(tests - allowed))
+    yield from (f"figures/{s}.py shows no module" for s in sorted(figures - stems - learn))
+
+
+def files_are_short(root: Path) -> Iterator[str]:
+    for path in [*modules(root), *sorted((root / "figures").glob("*.py"))]:
+        if n_lines(path) > FILE_LINES:
+            yield f"{path.name} has {n_lines(path)} lines, more than {FILE_LINES}"
+
+
+def library_is_short(root: Path) -> Iterator[str]:
+    model = sum(n_lines(path) for path in core(root) if path.stem in CORE)
+    if model > CORE_LINES:
+        yield f"config to model has {model} lines, more than {CORE_LINES}"
+    if (total := sum(map(n_lines, core(root)))) > ALL_LINES:
+        yield f"minids has {total} lines, more than {ALL_LINES}"
+
+
+def imports_go_one_way(root: Path) -> Iterator[str]:
+    for path in modules(root):
+        edge = bool({path.stem, path.parent.name} & EDGES)
+        banned = HEAVY - {"typer"} if path.stem == "cli" else HEAVY
+        for node in at_import(tree(path)) if edge else ast.walk(tree(path)):
+            for name in imported(node):
+                if name.split(".")[0] in banned | {"book", "tests"}:
+                    yield f"{path.name} imports {name}"
+
+
+def public_names_are_few_and_sorted(root: Path) -> Iterator[str]:
+    for node in tree(root / "minids/__init__.py").body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names = ast.literal_eval(node.value)
+            if names != sorted(
+                names, key=lambda name: (not name.isupper(), name[0].islower(), name)
+            ):
+                yield f"__all__ is not sorted (constants, classes, functions): {names}"
+            if len(names) > EXPORTS:
+                yield f"__all__ has {len(names)} names, more than {EXPORTS}"
+            return
+    yield "minids/__init__.py has no __all__"
+
+
+def shapes_are_not_postponed(root: Path) -> Iterator[str]:
+    for path in modules(root):
+        names = [name for node in ast.walk(tree(path)) for name in imported(node)]
+        if {"jaxtyping", "__future__"} <= {name.split(".")[0] for name in names}:
+            yield f"{path.name}: jaxtyping cannot read annotations that __future__ postpones"
+
+
+def axes_move_with_einops(root: Path) -> Iterator[str]:
+    for path in modules(root):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Attribute) and node.attr in MOVES:
+                yield f"{path.name}:{node.lineno} calls .{node.attr}: say it with einops"
+
+
+def docstrings_carry_labels(root: Path) -> Iterator[str]:
+    for path in modules(root):
+        if path.stem == "__init__":
+            continue
+        doc = ast.get_docstring(tree(path)) or ""
+        found = re.findall(rf"^({'|'.join(LABELS[:3])})\b|  +({LABELS[3]})\b", doc, re.MULTILINE)
+        if ["".join(pair) for pair in found] != LABELS:
+            yield f"{path.name}: its docstring must have {', '.join(LABELS)} in this order"
+
+
+# what breaks each rule: files written into an empty repository
+PLANTED = {
+    top_level_is_as_designed: {"setup.py": ""},
+    kernels_is_no_package: {"kernels/__init__.py": ""},
+    one_stem_across_folders: {"minids/router.py": ""},
+    files_are_short: {"minids/router.py": "\n" * 251},
+    library_is_short: {f"minids/{stem}.py": "\n" * 100 for stem in CORE},
+    imports_go_one_way: {"minids/router.py": "def f():\n    import matplotlib.pyplot"},
+    public_names_are_few_and_sorted: {"minids/__init__.py": "__all__ = ['preset', 'Config']"},
+    shapes_are_not_postponed: {
+        "minids/router.py": "from __future__ import annotations\nfrom jaxtyping import Float"
+    },
+    axes_move_with_einops: {"minids/learn/a.py": "y = x.view(2)"},
+    docstrings_carry_labels: {
+        "minids/router.py": '"""A.\n\nPaper a\nBook b   Kernel c\nDims d\n"""'
+    },
+}
+
+
+def plant(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("rule", PLANTED, ids=lambda rule: rule.__name__)
+def test_rule_holds(rule):
+    assert list(rule(ROOT)) == []
+
+
+@pytest.mark.parametrize("rule", PLANTED, ids=lambda rule: rule.__name__)
+def test_rule_sees_what_breaks_it(rule, tmp_path):
+    plant(tmp_path, PLANTED[rule])
+    assert list(rule(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("rule", "files"),
+    [
+        (one_stem_across_folders, {"tests/test_nothing.py": ""}),
+        (one_stem_across_folders, {"figures/nothing.py": ""}),
+        (library_is_short, {f"minids/a{n}.py": "\n" * 250 for n in range(13)}),
+        (imports_go_one_way, {"minids/learn/a.py": "import figures.style"}),
+        (imports_go_one_way, {"minids/cli.py": "from matplotlib import pyplot"}),
+        (imports_go_one_way, {"minids/train.py": "from tests.oracle import build"}),
+        (public_names_are_few_and_sorted, {"minids/__init__.py": ""}),
+        (
+            public_names_are_few_and_sorted,
+            {"minids/__init__.py": f"__all__ = {[f'a{n:02}' for n in range(13)]}"},
+        ),
+        (docstrings_carry_labels, {"minids/router.py": "x = 1"}),
+    ],
+)
+def test_rule_sees_its_other_side(rule, files, tmp_path):
+    plant(tmp_path, files)
+    assert list(rule(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"minids/learn/a.py": "def f():\n    import figures.style"},
+        {"minids/cli.py": "import typer"},
+        {"minids/bench/cpu.py": "def f():\n    import transformers"},
+    ],
+)
+def test_edges_may_reach_out(files, tmp_path):
+    plant(tmp_path, files)
+    assert list(imports_go_one_way(tmp_path)) == []
+
+
+def test_exceptions_are_still_needed():
+    """A name in a list of exceptions that nothing needs any more would hide the next mistake."""
+    assert set(NO_TEST) <= {path.stem for path in core(ROOT)}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert set(NO_MODULE) <= tests
