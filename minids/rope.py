@@ -68,8 +68,9 @@ def rotate(
     x: Float[Tensor, "B T *heads R"], phase: Complex[Tensor, "#B T R_half"]
 ) -> Float[Tensor, "B T *heads R"]:
     """Turn each pair of neighbouring channels (0, 1), (2, 3), ... by its position's angle."""
-    real, imaginary = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
+    # Complex views refuse odd storage offsets, of a slice here or of its gradient: both are copied.
+    pairs = at_least_fp32(x).unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)
     if x.ndim == 4:
         phase = rearrange(phase, "b t r -> b t 1 r")
-    turned = torch.complex(real, imaginary) * phase
-    return rearrange([turned.real, turned.imag], "two ... r -> ... (r two)").to(x.dtype)
+    turned = 1.0 * torch.view_as_real(torch.view_as_complex(pairs) * phase)
+    return rearrange(turned, "... r two -> ... (r two)").to(x.dtype)
