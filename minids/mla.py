@@ -76,7 +76,9 @@ class MLA(nn.Module):
         self, x: Float[Tensor, "B T D"], phase: Complex[Tensor, "#B T R_half"]
     ) -> tuple[Float[Tensor, "B T H N"], Float[Tensor, "B T H R"]]:
         """Return each head's query without position and its rotated part."""
-        q = self.w_uq(self.q_norm(self.w_dq(x))) if self.cfg.q_lora_rank else self.w_q(x)  # Eq. 6, 7
+        q = (
+            self.w_uq(self.q_norm(self.w_dq(x))) if self.cfg.q_lora_rank else self.w_q(x)
+        )  # Eq. 6, 7
         q = rearrange(q, "b t (h d) -> b t h d", h=self.cfg.n_heads)
         q_nope, q_rope = q.split([self.cfg.qk_nope_head_dim, self.cfg.qk_rope_head_dim], dim=-1)
         return q_nope, rotate(q_rope, phase)  # Eq. 8, 9

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -38,20 +38,50 @@ class Experts(nn.Module):
     def forward(
         self, x: Float[Tensor, "BT D"], gate: Float[Tensor, "BT K"], ids: Int[Tensor, "BT K"]
     ) -> Float[Tensor, "BT D"]:
-        """Sort the BT*K visits by expert, run each non-empty expert once, put the results back."""
-        top_k = ids.shape[-1]
+        """Sort the BT*K visits by expert, run each expert once on its rows, put the results back."""
+        if len(x) == 1:  # a decoded token has nothing to sort
+            return self._one_token(x, gate, ids)
         order = rearrange(ids, "bt k -> (bt k)").argsort(stable=True)
         place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
-        visits = x.index_select(0, order // top_k)  # rows of one expert are neighbours now
-        counts = expert_load(ids, len(self.w_down)).tolist()
-        weights = zip(self.w_gate_up.unbind(0), self.w_down.unbind(0), strict=True)
-        done = [
-            run_expert(rows, w_gate_up, w_down)
-            for rows, (w_gate_up, w_down) in zip(visits.split(counts), weights, strict=True)
-            if len(rows)
-        ]
-        y = rearrange(torch.cat(done).index_select(0, place), "(bt k) d -> bt k d", k=top_k)
-        return einsum(gate.to(y.dtype), y, "bt k, bt k d -> bt d")
+        load = expert_load(ids, len(self.w_down))
+        # lookups and their gradients add in a fixed order on every device, index_add does not
+        visits = F.embedding(order // ids.shape[-1], x)  # rows of one expert are neighbours now
+        w_gate_up = rearrange(self.w_gate_up, "e two f d -> e (two f) d")
+        gate_half, up_half = matmul_by_expert(visits, w_gate_up, load).chunk(2, dim=-1)
+        y = matmul_by_expert(F.silu(gate_half) * up_half, self.w_down, load)
+        rows = place.unflatten(-1, ids.shape)
+        return F.embedding_bag(rows, y, mode="sum", per_sample_weights=gate.to(y.dtype))  # Eq. 12
+
+    def _one_token(
+        self, x: Float[Tensor, "1 D"], gate: Float[Tensor, "1 K"], ids: Int[Tensor, "1 K"]
+    ) -> Float[Tensor, "1 D"]:
+        y = torch.zeros_like(x)
+        for weight, e in zip(gate.to(x.dtype).unbind(-1), ids[0].tolist(), strict=True):
+            y = y + weight * run_expert(x, self.w_gate_up[e], self.w_down[e])
+        return y
+
+
+def matmul_by_expert(
+    x: Float[Tensor, "visits I"], w: Float[Tensor, "E O I"], load: Int[Tensor, " E"]
+) -> Float[Tensor, "visits O"]:
+    """Multiply the rows of each expert, neighbours in `x`, by its own matrix: y = W_e x."""
+    if _can_group(x, w):
+        return F.grouped_mm(x, rearrange(w, "e o i -> e i o"), offs=load.cumsum(0).int())
+    # unbinding all weights at once: indexing them one by one fills E whole gradients with zeros
+    parts = zip(x.split(load.tolist()), w.unbind(0), strict=True)
+    return torch.cat([F.linear(rows, w_e) for rows, w_e in parts if len(rows)])
+
+
+def _can_group(x: Tensor, w: Tensor) -> bool:
+    """Say whether torch's grouped product takes them: it wants rows of whole 16 bytes, no autocast."""
+    device, row_bytes = x.device.type, (n * w.element_size() for n in w.shape[1:])
+    return (
+        device == "cpu"
+        and x.dtype == w.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.is_autocast_enabled(device)
+        and all(width % 16 == 0 for width in row_bytes)
+    )
 
 
 def run_expert(
@@ -63,7 +93,10 @@ def run_expert(
 
 
 def dense_loop(
-    experts: Experts, x: Float[Tensor, "BT D"], gate: Float[Tensor, "BT K"], ids: Int[Tensor, "BT K"]
+    experts: Experts,
+    x: Float[Tensor, "BT D"],
+    gate: Float[Tensor, "BT K"],
+    ids: Int[Tensor, "BT K"],
 ) -> Float[Tensor, "BT D"]:
     """The reference of Experts: every expert sees every token, those not chosen weigh 0 (Eq. 12, 14)."""
     weight = torch.zeros(len(x), len(experts.w_down), dtype=gate.dtype, device=x.device)
@@ -96,9 +129,7 @@ class MoE(nn.Module):
             y = y + self.shared(x)
         return y, self._routed(ids, score, len(x)) if stats else None
 
-    def _routed(
-        self, ids: Int[Tensor, "BT K"], score: Float[Tensor, "BT E"], batch: int
-    ) -> Routed:
+    def _routed(self, ids: Int[Tensor, "BT K"], score: Float[Tensor, "BT E"], batch: int) -> Routed:
         loss = score.new_zeros(())
         rows = "(b t) e -> b t e"
         if self.cfg.seq_loss_alpha:
