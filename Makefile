@@ -54,6 +54,6 @@ check: lint  ## run the fast checks: no slow tests, no notebooks
 book: venv  ## run the chapters again and keep what they print
 	$(PY) book/_tools/normalise.py --execute
 
-clean:  ## remove .venv and caches; runs/ and tour/ are yours and stay
+clean:  ## remove .venv and caches; runs/ is yours and stays
 	rm -rf .venv *.egg-info build .pytest_cache .ruff_cache .hypothesis book/_build
 	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -207,6 +207,14 @@ def test_rule_sees_what_breaks_it(rule, tmp_path):
     assert list(rule(tmp_path))
 
 
+def test_top_level_names_what_is_too_much_and_what_is_missing(tmp_path):
+    plant(tmp_path, {"setup.py": "", "runs/a": "", "LICENSE": "", ".gitignore": "/runs/"})
+    found = set(top_level_is_as_designed(tmp_path))
+    assert "setup.py is not in the design" in found
+    assert {"Makefile is missing"} <= found
+    assert not {text for text in found if text.startswith(("runs", "LICENSE"))}
+
+
 @pytest.mark.parametrize(
     ("rule", "files"),
     [
