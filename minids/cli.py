@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from minids.checkpoint import load
 from minids.config import PRESETS, Config, preset
-from minids.count import MEASURED_TFLOPS, REPORTED_TOKENS, count, table
+from minids.count import MEASURED_TFLOPS, REPORTED_TOKENS, count, count_files, table
 from minids.data import load_corpus
 from minids.evaluate import evaluate
 from minids.generate import Stats, stream
@@ -113,8 +113,9 @@ def _count(
 ) -> None:
     """Count parameters, cache, FLOPs, memory, GPU-hours and money."""
     counts = count(cfg := read_config(name), seq_len)
-    text = table(cfg, counts, tokens, tflops, usd)
-    typer.echo(json.dumps(counts.as_dict(), indent=2) if as_json else text)
+    files = count_files(cfg) if cfg.attn == "mla" else {}
+    text = table(cfg, counts, tokens, tflops, usd, files)
+    typer.echo(json.dumps(counts.as_dict() | {"files": files}, indent=2) if as_json else text)
 
 
 @app.command("train")

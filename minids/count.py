@@ -6,6 +6,8 @@ Book    book/01_count.ipynb             Kernel  none
 """
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from minids.config import Config, preset
 from minids.model import Transformer
+from minids.shards import FP8, tensor_names
 
 # bytes a parameter: (weights, master weights, gradients, both Adam moments); FP8 as report 3.3.3
 TRAINING_BYTES = {"fp32": (4, 0, 4, 8), "bf16": (2, 4, 4, 8), "fp8": (1, 4, 4, 4)}
@@ -146,7 +149,29 @@ def count_meta(cfg: Config) -> tuple[int, int]:
     return sum(sizes.values()) - mtp, mtp
 
 
-def table(cfg: Config, counts: Counts, tokens: float, tflops: float, usd: float) -> str:
+def count_files(cfg: Config) -> dict[str, dict[str, int]]:
+    """Count tensors, elements and bytes of the published files of a MLA model, without headers.
+
+    FP8 has a scale for each block of 128 x 128 and keeps BF16 and FP32 where the release does.
+    """
+    found = {"bf16": Counter(), "fp8": Counter()}
+    for name, (shape, dtype) in tensor_names(cfg, FP8).items():
+        formats = ["fp8"] if name.endswith("_scale_inv") else ["bf16", "fp8"]
+        for stored in formats:
+            width = 2 if stored == "bf16" and dtype == FP8 else dtype.itemsize
+            n = math.prod(shape)
+            found[stored] += Counter(tensors=1, elements=n, bytes=width * n)
+    return {stored: dict(counted) for stored, counted in found.items()}
+
+
+def table(
+    cfg: Config,
+    counts: Counts,
+    tokens: float,
+    tflops: float,
+    usd: float,
+    files: Mapping[str, Mapping[str, int]],
+) -> str:
     """Return what a person reads: every count with its share, its unit and its convention."""
     rows = [("parameters, by part", "", "")]
     for name, n in counts.parts.items():
@@ -157,6 +182,10 @@ def table(cfg: Config, counts: Counts, tokens: float, tflops: float, usd: float)
         rows.append(
             ("  MTP modules, as stored", f"{counts.mtp_stored:,}", short(counts.mtp_stored))
         )
+    rows.extend([("files, with MTP copies and block scales", "elements", "")] if files else [])
+    for stored, n in files.items():
+        rest = f"{n['tensors']:,} tensors, {n['bytes']:,} bytes"
+        rows.append((f"  {stored}", f"{n['elements']:,}", rest))
     rows.append(("active parameters a token", "", ""))
     for name, n in counts.active.items():
         rows.append((f"  {name}", f"{n:,}", f"{short(n)}, {n / counts.total:.2%}"))

@@ -15,6 +15,7 @@ from minids.count import (
     attention_parameters,
     binary,
     count,
+    count_files,
     count_meta,
     short,
     table,
@@ -152,13 +153,37 @@ def test_formula_equals_the_meta_device_for_any_config(
 
 def test_table_and_json_say_the_same():
     cfg = preset("v3")
-    text = table(cfg, V3, REPORTED_TOKENS, MEASURED_TFLOPS, usd=2.0)
-    for number in ("671,026,419,200", "36,625,618,432", "13,463,426,304", "70,272 B", "2,788,000"):
+    text = table(cfg, V3, REPORTED_TOKENS, MEASURED_TFLOPS, 2.0, count_files(cfg))
+    for number in (
+        "671,026,419,200",
+        "36,625,618,432",
+        "13,463,426,304",
+        "70,272 B",
+        "2,788,000",
+        "91,991",
+    ):
         assert number in text
-    assert "reported" not in table(preset("v2"), count(preset("v2")), 1e12, 400.0, 2.0)
+    v2 = preset("v2")
+    assert "reported" not in table(v2, count(v2), 1e12, 400.0, 2.0, {})
     plain = json.loads(json.dumps(V3.as_dict()))
     assert plain["total"] == V3.total
     assert plain["active"] == V3.active
+
+
+def test_files_of_v3_are_the_published_ones():
+    files = count_files(preset("v3"))
+    assert files["fp8"] == {
+        "tensors": 91_991,
+        "elements": 684_531_386_000,
+        "bytes": 688_574_839_360,
+    }
+    assert files["bf16"]["elements"] == 684_489_845_504
+
+
+def test_files_of_v2_have_no_mtp_and_no_bias():
+    files = count_files(preset("v2_lite"))
+    assert files["bf16"]["elements"] == 15_706_484_224
+    assert files["bf16"]["bytes"] == 2 * 15_706_484_224
 
 
 def test_units():
