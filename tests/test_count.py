@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from minids import PRESETS, preset
 from minids.count import (
     MEASURED_TFLOPS,
