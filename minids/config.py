@@ -5,7 +5,7 @@ Dims    the fields below are the letters of every other module (D is `dim`, H is
 Book    book/01_count.ipynb             Kernel  none
 """
 
-import math
+import sys
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -89,7 +89,7 @@ class Config:
                     raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
             elif not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-            elif not math.isfinite(value) or value < 0:
+            elif not 0 <= value <= sys.float_info.max:
                 raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
     def _check_combinations(self):

@@ -79,7 +79,7 @@ def from_hf(published: Mapping[str, Any]) -> Config:
         if not isinstance(own, dict) or own.keys() - silent:
             raise ValueError(f"minids may hold {sorted(silent)} for these keys, got {own!r:.80}")
         return Config(**changes | own)
-    except (ValueError, OverflowError) as error:  # say it in the words of the file
+    except ValueError as error:  # say it in the words of the file
         names = _NAMES | _ROPE
         words = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(error))
         raise ValueError(words) from None
