@@ -9,6 +9,7 @@ Book    book/10_generate.ipynb          Kernel  none
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from time import perf_counter
 
 import torch
@@ -34,17 +35,16 @@ class Stats:
     @property
     def acceptance(self) -> list[float]:
         """Share of the drafts kept, by depth; a draft is kept only if all before it are."""
-        return [kept / self.drafted if self.drafted else math.nan for kept in self.accepted]
+        return [kept / (self.drafted or math.nan) for kept in self.accepted]
 
     @property
     def tokens_per_call(self) -> float:
         """New tokens a row and call after the prompt's: 1 + p if a draft is kept with chance p."""
-        new = self.new_tokens - len(self.lengths)
-        return new / self.row_calls if self.row_calls else math.nan
+        return (self.new_tokens - len(self.lengths)) / (self.row_calls or math.nan)
 
     @property
     def tokens_per_second(self) -> float:
-        return self.new_tokens / self.seconds if self.seconds else math.nan
+        return self.new_tokens / (self.seconds or math.nan)
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Sampler:
 
     def verify(
         self,
-        p: Float[Tensor, "B depth1 vocab"],
-        q: Float[Tensor, "B depth vocab"],
-        draft: Int[Tensor, "B depth"],
+        p: Float[Tensor, "B n1 vocab"],
+        q: Float[Tensor, "B n vocab"],
+        draft: Int[Tensor, "B n"],
     ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Return how many drafts each row keeps, and its word behind them (arXiv:2211.17192).
 
@@ -121,30 +121,24 @@ class Drafter:
     ) -> tuple[Int[Tensor, "B depth"], Float[Tensor, "B depth vocab"]]:
         """Return guesses of the next words, and the distributions that they were drawn from.
 
-        The main model has just read `fed`, giving `states`; of each row 1 + kept words hold, then
-        comes `word`.
+        The main model just made `states` of `fed`: of each row 1 + kept words hold, then `word`.
         """
-        row = torch.arange(len(fed), device=fed.device)
+        model, held, row = self.model, self.cache.lengths, torch.arange(len(fed))[:, None]
         at = torch.tensor(self.known)[:, None] + torch.arange(fed.shape[1])
-        self.states[row[:, None], at] = states
-        self.words[row[:, None], at] = F.pad(fed[:, 1:], (0, 1))
+        self.states[row, at], self.words[row, at] = states, F.pad(fed[:, 1:], (0, 1))
         self.known = [known + 1 + count for known, count in zip(self.known, kept, strict=True)]
-        end = torch.tensor(self.known)
-        self.words[row, end - 1] = word
-        model, held = self.model, self.cache.lengths
         new = [known - count for known, count in zip(self.known, held, strict=True)]
-        at, q = self.cache.positions(max(new)), []
-        states = self.states[row[:, None], at]
+        end, at = torch.tensor(self.known)[:, None], self.cache.positions(max(new)).cpu()
+        self.words[row, end - 1] = word[:, None]
+        states, last, q = self.states[row, at], torch.tensor(new)[:, None] - 1, []
         for k, module in enumerate(model.mtp, start=1):
             phase, visible = model.positions(*at.shape, cache=self.cache, offset=k)
-            embedding = F.embedding(self.words[row[:, None], at + k - 1], model.embed)  # t_(i+k)
+            embedding = F.embedding(self.words[row, at + k - 1], model.embed)  # t_(i+k)
             states, _ = module(states, embedding, phase, visible, self.cache.layer(k - 1))
-            last = states[row, torch.tensor(new) - 1]
-            q.append(self.sampler.distribution(model.head(last).float()))
-            self.words[row, end + k - 1] = self.sampler.draw(q[-1])
+            q.append(self.sampler.distribution(model.head(states[row, last]).float()))
+            self.words[row, end + k - 1] = self.sampler.draw(q[-1][:, 0])[:, None]
         self.cache.advance([max(0, count - self.depth + 1) for count in new])
-        draft = end[:, None] + torch.arange(self.depth)
-        return self.words[row[:, None], draft], torch.stack(q, dim=1)
+        return self.words[row, end + torch.arange(self.depth)], torch.cat(q, dim=1)
 
 
 def stream(
@@ -159,10 +153,7 @@ def stream(
     seed: int = 0,
     stats: Stats | None = None,
 ) -> Iterator[list[list[int]]]:
-    """Yield new words as they are made: a list for each row, empty once the row has stopped.
-
-    Arguments and errors (raised by this call, not by the first word) as in generate; fills `stats`.
-    """
+    """Yield new words as they are made, a list for each row; else as generate. Fills `stats`."""
     model.check_ids(ids.cpu())
     lengths = _check_lengths(ids, lengths) or [ids.shape[1]] * len(ids)
     _check_options(model, max(lengths), max_new_tokens, temperature, top_p, stop_tokens, draft)
@@ -227,12 +218,7 @@ def _check_options(model, prompt, new, temperature, top_p, stop_tokens, draft) -
         ("top_p", top_p, 0 < top_p <= 1, "be above 0 and at most 1"),
         ("stop_tokens", stop_tokens, known, f"lie in 0..{vocab - 1}"),
         ("draft", draft, draft in (None, "mtp"), "be None or 'mtp'"),
-        (
-            "draft",
-            draft,
-            not draft or len(model.mtp),
-            "be None without MTP modules (mtp_depth = 0)",
-        ),
+        ("draft", draft, not draft or len(model.mtp), "be None: the model has no MTP modules"),
     ]
     for name, value, holds, rule in rules:
         if not holds:
@@ -264,11 +250,9 @@ def generate(
     """
     stats = Stats()
     options = (max_new_tokens, temperature, top_p, stop_tokens, draft, lengths, seed, stats)
-    words = stream(model, ids, *options)
-    rows = [row[:length] for row, length in zip(ids.tolist(), stats.lengths, strict=True)]
-    for made in words:
-        for row, new in zip(rows, made, strict=True):
-            row.extend(new)
+    words = [[*chain(*made)] for made in zip(*stream(model, ids, *options), strict=True)]
+    done = zip(ids.tolist(), stats.lengths, words, strict=True)
+    rows = [row[: length - len(new)] + new for row, length, new in done]
     width, pad = max(stats.lengths), min(stop_tokens, default=0)
     tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=ids.device)
     return (tokens, stats) if return_stats else tokens
