@@ -112,7 +112,7 @@ def member(folder: Path, name: str) -> Path:
     if roots[0].parent.name == "snapshots":  # the hub's cache: a snapshot links into its blobs
         roots.append(roots[0].parents[1] / "blobs")
     if not any(real.is_relative_to(root) for root in roots):
-        raise ValueError(f"{path}: points outside the folder, to {real}")
+        raise ValueError(f"{folder}: {name!r:.80} points outside the folder, to {real}")
     if not is_file:
         raise FileNotFoundError(f"{path}: no such file")
     return path
