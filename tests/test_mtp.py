@@ -47,17 +47,17 @@ def test_indices_by_hand():
 
 
 def test_merge_by_hand():
-    # M = [1 0 0 0; 0 0 0 1] takes the first channel of the embedding and the second of the state.
+    # M = [1 0 0 0; 0 1 0 1] takes the embedding, and adds the state's second channel to its own.
     cfg = preset("toy", dim=2, norm_eps=1e-12)
     module = MTP(cfg, Block(cfg, index=0))
     for weight in module.block.parameters():
         torch.nn.init.zeros_(weight)  # a silent block: its residual path passes the state on
     with torch.no_grad():
-        module.w_merge.weight.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]]))
+        module.w_merge.weight.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 1.0]]))
     hidden, embedding = torch.tensor([[[30.0, 40.0]]]), torch.tensor([[[8.0, 6.0]]])
     state, _ = module(hidden, embedding, torch.ones(1, 1, 1, dtype=torch.complex64), None)
-    # both normalised: (3, 4) * sqrt 2 / 5 and (4, 3) * sqrt 2 / 5; merged: (4, 4) * sqrt 2 / 5
-    assert state.tolist() == [[pytest.approx([1.0, 1.0])]]  # after its own norm
+    # normalised, times 5 / sqrt 2: state (3, 4), embedding (4, 3); merged (4, 3 + 4), norm sqrt 65
+    assert state.tolist() == [[pytest.approx([4 * (2 / 65) ** 0.5, 7 * (2 / 65) ** 0.5])]]
 
 
 def test_losses_of_a_model_that_knows_nothing():

@@ -143,10 +143,11 @@ def test_the_bias_is_no_parameter_and_hides_from_gradients():
 
 def test_sixteen_bit_tokens_are_scored_in_fp32():
     # The logits 1 and 1 + 2^-10 are one number in BF16, which would leave the choice to chance.
-    router, _ = with_logits([1.0, 1.0 + 2**-10], **ONE_GROUP, n_activated_experts=1)
-    router = router.float()
+    cfg = preset("toy", dim=2, n_routed_experts=2, n_activated_experts=1, **ONE_GROUP)
+    router = Router(cfg)
+    router.centroids = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [1.0, 2**-10]]).bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        gate, ids, score = router(torch.ones(1, 1, dtype=torch.bfloat16))
+        gate, ids, score = router(torch.ones(1, 2, dtype=torch.bfloat16))
     assert ids.item() == 1
     assert gate.dtype == score.dtype == torch.float32
 
