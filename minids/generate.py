@@ -29,12 +29,11 @@ class Stats:
     new_tokens: int = 0  # of all rows
     row_calls: int = 0  # main-model calls after the prompt's, each times the rows still written
     drafted: int = 0  # those of them that checked drafts, one of each depth
-    accepted: list[int] = field(default_factory=list)  # drafts kept, by depth
+    accepted: list[int] = field(default_factory=list)  # drafts kept, by depth: it and all before it
     seconds: float = 0.0  # with the prompt, without the caller's time between words
 
     @property
     def acceptance(self) -> list[float]:
-        """Share of the drafts kept, by depth; a draft is kept only if all before it are."""
         return [kept / (self.drafted or math.nan) for kept in self.accepted]
 
     @property
@@ -56,16 +55,14 @@ class Sampler:
     generator: torch.Generator
 
     def distribution(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
-        """Return what words are drawn from: softmax(logits / temperature), cut to the top-p set.
-
-        The smallest set of likeliest words with mass >= top_p; among equals low ids enter first.
-        """
+        """Return what words are drawn from: softmax(logits / temperature), cut to the top-p set."""
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         prob = (logits / self.temperature).softmax(-1)
         if self.top_p == 1:
             return prob
         ranked, ids = prob.sort(dim=-1, descending=True, stable=True)
+        # the smallest set of likeliest words with mass >= top_p; among equals low ids enter first
         mass_before = F.pad(ranked.cumsum(-1)[..., :-1], (1, 0))
         kept = ranked * (mass_before < self.top_p)
         return torch.zeros_like(prob).scatter(-1, ids, kept / kept.sum(-1, keepdim=True))
@@ -84,9 +81,9 @@ class Sampler:
     ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Return how many drafts each row keeps, and its word behind them (arXiv:2211.17192).
 
-        `p` is the main model's distribution of each draft and of the word behind the last one, `q`
-        what drafts were drawn from. A draft is kept with probability min(1, p/q); the first refused
-        one is replaced by a draw from max(0, p - q). So words are distributed as p, whatever q is.
+        Drafts were drawn from `q`; `p` is the main model's distribution there and behind the last.
+        A draft is kept with probability min(1, p/q), the first refused one replaced by a draw from
+        max(0, p - q): so words are distributed as p, whatever q is.
         """
         if not draft.shape[1]:
             return torch.zeros_like(draft.sum(-1)), self.draw(p[:, 0])
@@ -104,25 +101,20 @@ class Drafter:
     """The MTP modules as a draft model: their cache, and the states and words that they read.
 
     State h_i and word t_(i+1) lie at position i. Module k merges h^(k-1)_i with t_(i+k), so at the
-    last depth - 1 positions some module reads drafts: the cache does not count these, and the next
-    round does them again with the confirmed words.
+    last depth - 1 positions some module reads drafts: the next round does these again.
     """
 
     def __init__(self, model: Transformer, sampler: Sampler, main: Cache):
         self.model, self.sampler, self.depth = model, sampler, len(model.mtp)
-        batch, capacity = len(main.lengths), main.capacity
-        self.cache = model.new_cache(batch, capacity, mtp=True)
-        self.known = [0] * batch  # positions of each row whose state and next word are confirmed
-        self.states = model.embed.new_zeros(batch, capacity, model.cfg.dim)
-        self.words = model.embed.new_zeros(batch, capacity + self.depth, dtype=torch.int64)
+        self.cache = model.new_cache(*main.store.shape[1:3], mtp=True)
+        self.known = [0 for _ in main.lengths]  # positions with confirmed state and next word
+        self.states = model.embed.new_zeros(*main.store.shape[1:3], model.cfg.dim)
+        self.words = F.pad(self.states[..., 0].long(), (0, self.depth))
 
     def propose(
         self, fed: Int[Tensor, "B T"], states: Float[Tensor, "B T D"], kept, word: Int[Tensor, " B"]
     ) -> tuple[Int[Tensor, "B depth"], Float[Tensor, "B depth vocab"]]:
-        """Return guesses of the next words, and the distributions that they were drawn from.
-
-        The main model just made `states` of `fed`: of each row 1 + kept words hold, then `word`.
-        """
+        """Return guesses and their distributions; of `fed` 1 + kept words hold, then `word`."""
         model, held, row = self.model, self.cache.lengths, torch.arange(len(fed))[:, None]
         at = torch.tensor(self.known)[:, None] + torch.arange(fed.shape[1])
         self.states[row, at], self.words[row, at] = states, F.pad(fed[:, 1:], (0, 1))
@@ -198,8 +190,8 @@ def _rounds(model, cache, ids, left, stop, sampler, drafter, stats) -> Iterator[
         # a row that has stopped takes part, and forgets it at once
         kept = [n if room else -1 for n, room in zip(count.tolist(), left, strict=True)]
         cache.rollback([draft.shape[1] - n for n in kept])
-        stats.row_calls += sum(n >= 0 for n in kept)
-        stats.drafted += sum(n >= 0 for n in kept) if drafter else 0
+        stats.row_calls += len(kept) - kept.count(-1)
+        stats.drafted += (len(kept) - kept.count(-1)) * bool(drafter)
         stats.accepted = [sum(n > k for n in kept) + old for k, old in enumerate(stats.accepted)]
         rows = zip(fed.tolist(), kept, word.tolist(), strict=True)
         made = [[*words[1 : n + 1], new] for words, n, new in rows]
@@ -239,12 +231,11 @@ def generate(
 ) -> Int[Tensor, "B T_new"] | tuple[Int[Tensor, "B T_new"], Stats]:
     """Return prompts and new words, int64, as wide as the longest row; Stats too if asked for.
 
-    `lengths` are the true lengths of prompts padded on the right: each row's new words stand right
-    behind its true prompt. A row ends after `max_new_tokens` or with its first stop token, which is
-    part of it; from its end (`Stats.lengths`) on it is filled with the lowest stop token, else 0.
-    `draft="mtp"` lets the MTP modules guess: the same words if greedy (in FP32, up to logits that
-    tie within rounding), other words from the same distribution if sampled. One seed serves the
-    batch: a sampled row depends on its neighbours.
+    `lengths` are the true lengths of prompts padded on the right; new words stand right behind the
+    true prompt. A row ends after `max_new_tokens` or with its first stop token, which is part of
+    it; from there (`Stats.lengths`) on it holds the lowest stop token, or 0. `draft="mtp"` guesses
+    words: greedy, the same text (FP32, up to logits that tie within rounding); sampled, another
+    from the same distribution. One seed serves the batch: a sampled row depends on its neighbours.
     Raises ValueError for a prompt that is empty or, with its new words, longer than `max_seq_len`,
     for ids outside the vocabulary, and for options outside their ranges.
     """
