@@ -197,7 +197,7 @@ def test_cache_size_is_exact(dtype: torch.dtype):
 @pytest.mark.parametrize("depth", [1, 2])
 @torch.no_grad()
 def test_mtp_cache_equals_no_cache(depth: int):
-    """The second module's keys are turned by positions two ahead of their slots."""
+    """Slots count the module's own positions, from 0."""
     model, tokens = small(mtp_depth=depth), text()
     cache = model.new_cache(batch=2, capacity=14, mtp=True)
     hidden = model.hidden(tokens[:, :-1])
@@ -216,6 +216,14 @@ def test_mtp_cache_equals_no_cache(depth: int):
             parts.append(state)
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, **TOLERANCE)
         hidden = whole
+
+
+def test_offset_moves_positions():
+    """MTP module k turns by i + k: all by the same angle, so that no output could show it."""
+    moved, _ = small().positions(1, 5, offset=2)
+    phase, _ = small().positions(1, 7)
+    assert torch.equal(moved, phase[:, 2:])
+    assert not torch.equal(moved, phase[:, :5])
 
 
 DOCUMENTS = torch.tensor([[0] * 6 + [1] * 8, [4] * 1 + [9] * 9 + [2] * 4])
