@@ -56,13 +56,15 @@ def test_count_prints_a_table():
 
 def test_count_prints_json():
     result = run("count", "v3", "--json", "--seq-len", "2048")
-    assert json.loads(result.stdout) == count(preset("v3"), 2048).as_dict()
+    printed = json.loads(result.stdout)
+    assert printed.pop("files")["fp8"]["tensors"] == 91_991
+    assert printed == count(preset("v3"), 2048).as_dict()
 
 
 def test_count_reads_a_file_or_its_folder(config):
     cfg, folder = config
     for name in (folder, folder / "config.json"):
-        assert json.loads(run("count", name, "--json").stdout) == count(cfg).as_dict()
+        assert json.loads(run("count", name, "--json").stdout)["parts"] == count(cfg).parts
 
 
 @pytest.mark.parametrize(
