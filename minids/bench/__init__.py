@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a table of ratios with the times, spreads and memory they come from."""
