@@ -162,7 +162,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 n_routed_experts=8, n_activated_experts=2, n_expert_groups=4, n_limited_groups=2,
                 original_seq_len=64, max_seq_len=64, mtp_depth=1),
     "nano": dict(_TINY, vocab_size=1024, dim=128, n_layers=2, inter_dim=192, moe_inter_dim=64,
-                 n_routed_experts=8, n_activated_experts=2, mtp_depth=1),
+                 n_routed_experts=8, n_activated_experts=2, mtp_depth=1, init_std=0.04),
     "micro": dict(_TINY, vocab_size=1024, dim=160, n_layers=4, inter_dim=200, moe_inter_dim=40,
                   n_routed_experts=16, n_activated_experts=4, n_expert_groups=4, n_limited_groups=2,
                   mtp_depth=1),

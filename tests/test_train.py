@@ -1,0 +1,310 @@
+"""minids/train.py: one step by hand, accumulation, biases, what a run writes, what it refuses."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minids import Transformer, checkpoint, preset
+from minids.data import Corpus, Packed
+from minids.schedule import Rates, Schedule
+from minids.train import make_optimizer, take_step, train, train_from_corpus
+
+CFG = preset("toy", bias_speed=0.01)
+RATES = Rates(lr=1e-3, mtp_weight=0.3, bias_speed=0.01)
+# other pieces of a batch are added in another order; the planted mistake moves sums by 1e-2
+ROUNDING = 1e-5
+
+
+def schedule(steps: int = 6, batch: int = 4, seq_len: int = 8, **changes) -> Schedule:
+    tokens = float(steps * batch * seq_len)
+    shape = Schedule(peak_lr=3e-3, warmup_steps=2, constant=tokens / 2, cosine=tokens / 2, tail=0.0,
+                     last_tail=0.0, batch=batch, first_batch=batch)  # fmt: skip
+    return replace(shape, **changes)
+
+
+def stream(seq_len: int = 8, words: int = 32, seed: int = 0) -> Packed:
+    """Documents of 3 to 40 tokens in which each word depends on the one before."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 40, (30,), generator=generator).tolist()
+    starts = torch.randint(words, (30,), generator=generator).tolist()
+    pairs = zip(starts, lengths, strict=True)
+    return Packed([[(s + 5 * i) % words for i in range(n)] for s, n in pairs], seq_len, seed)
+
+
+def losses(run) -> list:
+    return [(line["loss"], line["mtp"], line["balance"], line["grad_norm"]) for line in run.log]
+
+
+def biases(model: Transformer) -> torch.Tensor:
+    return torch.stack([router.bias for router in model.routers])
+
+
+# by hand
+
+
+def test_first_step_of_adamw_by_hand():
+    """m / (sqrt(v) + eps) of the first step is the gradient's sign; matrices shrink by lr * 0.1."""
+    model, (tokens, documents) = Transformer(CFG), stream().rows(0, 4)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    twin = Transformer(CFG)
+    twin.losses(tokens, mask=documents).total(RATES.mtp_weight).backward()
+    norm = math.sqrt(sum(weight.grad.square().sum() for weight in twin.parameters()))
+    line = take_step(model, make_optimizer(model), tokens, documents, RATES)
+    assert line["grad_norm"] == pytest.approx(norm, rel=ROUNDING)
+    grads = {name: weight.grad / max(1.0, norm) for name, weight in twin.named_parameters()}
+    for name, weight in model.named_parameters():
+        grad, shrunk = grads[name], before[name] * (1 - RATES.lr * 0.1 * (weight.ndim > 1))
+        torch.testing.assert_close(weight, shrunk - RATES.lr * grad / (grad.abs() + 1e-8))
+
+
+def test_every_parameter_is_optimised_once_and_gains_do_not_decay():
+    model = Transformer(CFG)
+    decay, keep = make_optimizer(model).param_groups
+    assert {id(p) for p in decay["params"] + keep["params"]} == {id(p) for p in model.parameters()}
+    assert (decay["weight_decay"], keep["weight_decay"]) == (0.1, 0.0)
+    gains = {id(p) for name, p in model.named_parameters() if name.endswith("gain")}
+    assert gains == {id(p) for p in keep["params"]}
+    assert decay["betas"] == (0.9, 0.95)
+
+
+def test_gradient_is_clipped_to_norm_1():
+    """Words of a large head give a large gradient; AdamW hides its size, its moments do not."""
+    model = Transformer(CFG)
+    with torch.no_grad():
+        model.head.weight *= 1000
+    optimizer = make_optimizer(model)
+    line = take_step(model, optimizer, *stream().rows(0, 4), RATES)
+    assert line["grad_norm"] > 2
+    moments = [state["exp_avg"] for state in optimizer.state.values()]
+    clipped = math.sqrt(sum((moment / 0.1).square().sum() for moment in moments))
+    assert clipped == pytest.approx(1.0, rel=1e-3)
+
+
+# accumulation and biases: the mistakes of guides/learning.md that live in a step
+
+
+def step_by_micro_batch_mean(model, optimizer, tokens, documents, rates, micro_batches):
+    """Planted mistake: the mean of micro-batch means, wrong where they have other targets."""
+    for rows, marks in zip(
+        tokens.chunk(micro_batches), documents.chunk(micro_batches), strict=True
+    ):
+        part = model.losses(rows, mask=marks)
+        (part.total(rates.mtp_weight) / micro_batches).backward()
+
+
+def gradient_gap(accumulate) -> float:
+    """Return how far the gradient of 8 x 2 rows is from that of 1 x 16, relative to its norm."""
+    tokens, documents = stream().rows(0, 16)
+    grads = []
+    for micro_batches in (1, 8):
+        model = Transformer(CFG)
+        optimizer = make_optimizer(model)
+        optimizer.zero_grad = lambda: None  # the gradient is what is compared
+        accumulate(model, optimizer, tokens, documents, RATES, micro_batches=micro_batches)
+        grad = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+        grads.append(grad / max(1.0, grad.norm().item()))
+    return ((grads[0] - grads[1]).norm() / grads[0].norm()).item()
+
+
+def test_gradient_is_the_same_in_any_micro_batches():
+    assert gradient_gap(take_step) < ROUNDING
+    assert gradient_gap(step_by_micro_batch_mean) > 100 * ROUNDING
+
+
+def step_with_bias_by_micro_batch(model, optimizer, tokens, documents, rates, micro_batches):
+    """Planted mistake: the bias moves once a micro-batch."""
+    for rows, marks in zip(
+        tokens.chunk(micro_batches), documents.chunk(micro_batches), strict=True
+    ):
+        take_step(model, optimizer, rows, marks, rates._replace(lr=0.0))
+
+
+def bias_gap(step, **options) -> float:
+    """Return how far two steps with `options` leave the biases from two in one piece."""
+    ends = []
+    for given in ({}, options):
+        model = Transformer(preset("toy"))
+        optimizer = make_optimizer(model)
+        for number in range(2):
+            rows = stream().rows(16 * number, 16)
+            step(model, optimizer, *rows, RATES._replace(lr=0.0), **{"micro_batches": 1} | given)
+        ends.append(biases(model))
+    return (ends[0] - ends[1]).abs().max().item()
+
+
+def test_bias_updated_once_a_step_not_once_a_micro_batch():
+    assert bias_gap(take_step, micro_batches=4) == 0
+    assert bias_gap(step_with_bias_by_micro_batch, micro_batches=4) > 0.005
+
+
+def test_bias_unaffected_by_recomputation():
+    assert bias_gap(take_step, micro_batches=4, recompute=True) == 0
+
+
+def test_bias_never_moves_in_evaluation():
+    model = Transformer(CFG).eval()
+    model.losses(stream().rows(0, 4)[0])
+    model(stream().rows(0, 4)[0])
+    assert not biases(model).any()
+
+
+def test_bias_moves_by_gamma_towards_the_mean_load():
+    model, (tokens, documents) = Transformer(CFG), stream().rows(0, 16)
+    load = model.losses(tokens, mask=documents).load
+    take_step(model, make_optimizer(model), tokens, documents, RATES)
+    wanted = 0.01 * (load.float().mean(-1, keepdim=True) - load).sign()
+    torch.testing.assert_close(biases(model), wanted)
+    assert wanted.min() < 0 < wanted.max()
+
+
+def test_softmax_router_without_bias_trains():
+    cfg = preset("toy", score_func="softmax", group_score="max", seq_loss_alpha=0.0)
+    assert len(train(Transformer(cfg), stream(), schedule(), progress=False).log) == 6
+
+
+# runs
+
+
+def test_a_run_learns_and_two_runs_are_equal_bit_for_bit():
+    long = schedule(steps=60, peak_lr=1e-2)
+    one, other = (train(Transformer(CFG), stream(), long, progress=False) for _ in range(2))
+    assert losses(one) == losses(other)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True)
+    )
+    first, last = one.log[0]["loss"], one.log[-1]["loss"]
+    assert first == pytest.approx(math.log(32), abs=0.1)
+    assert last < first - 1
+
+
+def test_recompute_gives_the_same_run():
+    runs = [
+        train(Transformer(CFG), stream(), schedule(), progress=False, recompute=recompute)
+        for recompute in (False, True)
+    ]
+    assert losses(runs[0]) == losses(runs[1])
+
+
+def test_log_says_what_each_step_did(tmp_path):
+    ramp = schedule(batch=4, first_batch=2, ramp=64.0)
+    run = train(Transformer(CFG), stream(), ramp, folder=tmp_path / "run", progress=False)
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == run.log
+    assert [line["tokens"] for line in run.log] == [16, 32, 48, 64, 96, 128, 160, 192]
+    assert [line["rows"] for line in run.log] == [2, 4, 6, 8, 12, 16, 20, 24]
+    rates = [ramp.rates(CFG, n, t) for n, t in enumerate([0, *(x["tokens"] for x in run.log[:-1])])]
+    assert [(x["lr"], x["mtp_weight"], x["bias_speed"]) for x in run.log] == rates
+    layers = CFG.n_layers - CFG.n_dense_layers + CFG.mtp_depth
+    assert all(len(x["max_vio"]) == layers and x["tokens_per_s"] > 0 for x in run.log)
+
+
+def test_finished_model_is_a_folder_that_loads(tmp_path):
+    run = train(Transformer(CFG), stream(), schedule(), folder=tmp_path, progress=False)
+    ids = stream().rows(0, 2)[0]
+    assert torch.equal(checkpoint.load(tmp_path / "model")(ids), run.model.eval()(ids))
+
+
+def test_from_corpus_saves_its_tokenizer(tmp_path):
+    texts = [f"{n} times {n} is {n * n}, " * 5 for n in range(40)]
+    corpus = Corpus(train=dict(prose=texts), heldout=dict(prose=texts[:1]))
+    cfg = preset("toy", vocab_size=280)
+    sizes = dict(steps=3, batch_size=2, seq_len=16, progress=False)
+    run = train_from_corpus(cfg, corpus, tmp_path / "run", **sizes)
+    assert [line["tokens"] for line in run.log] == [32, 64, 96]
+    assert (tmp_path / "run/model/tokenizer.json").is_file()
+
+
+# loss that is not finite
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(poison, tmp_path):
+    """A weight goes bad behind step 4: the run names step 5, and the state of step 4 is whole."""
+
+    class Poisoned(Packed):
+        def rows(self, start, count):
+            if start == 16:
+                with torch.no_grad():
+                    model.head.weight[0, 0] = poison
+            return super().rows(start, count)
+
+    data, model = stream(), Transformer(CFG)
+    data.__class__ = Poisoned
+    with pytest.raises(FloatingPointError, match=r"step 5, seed 0, rows 16 to 19.*Try a lower"):
+        train(model, data, schedule(), folder=tmp_path, save_every=2, progress=False)
+    assert model.embed.isfinite().all()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+    again = train(Transformer(CFG), stream(), schedule(), folder=tmp_path, progress=False)
+    whole = train(Transformer(CFG), stream(), schedule(), progress=False)
+    assert losses(again) == losses(whole)
+
+
+def test_a_gradient_that_is_not_finite_touches_neither_weights_nor_biases():
+    model = Transformer(CFG)
+    model.embed.register_hook(lambda grad: grad * math.inf)
+    optimizer = make_optimizer(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match=r"gradient norm (nan|inf)"):
+        take_step(model, optimizer, *stream().rows(0, 4), RATES)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not optimizer.state
+
+
+# what is refused before any work
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        (dict(precision="fp8"), {}, "FP8 training is not available yet"),
+        (dict(), dict(micro_batches=3), "micro_batches must divide the batch of 4, got 3"),
+        (dict(), dict(micro_batches=0), "micro_batches must divide the batch of 4, got 0"),
+        (dict(), dict(save_every=0), "save_every must be at least 1, got 0"),
+        (dict(max_seq_len=7), {}, r"seq_len must lie in 2..7 for this config, got 8"),
+        (dict(attn="mha"), dict(folder="run"), "attn must be 'mla' to be published"),
+        (dict(vocab_size=31), {}, "ids must lie in 0..30, got 0..31"),
+    ],
+)
+def test_train_refuses(changes, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(
+            Transformer(preset("toy", **changes)), stream(), schedule(), progress=False, **options
+        )
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(batch_size=-4), "batch_size must be at least 1, got -4"),
+        (dict(peak_lr=-1.0), "peak_lr must be a number >= 0"),
+        (dict(micro_batches=5), "micro_batches must divide the batch of 16, got 5"),
+        (dict(device="cuda:99"), "needs a GPU that torch can use"),
+    ],
+)
+def test_train_from_corpus_refuses_before_it_trains_a_tokenizer(options, message, tmp_path):
+    corpus = Corpus(train={}, heldout={})
+    with pytest.raises(ValueError, match=message):
+        train_from_corpus(preset("nano"), corpus, tmp_path / "run", progress=False, **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_tokenizer_larger_than_the_vocabulary_is_refused():
+    from minids.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["some words, some more words"], 264)
+    with pytest.raises(ValueError, match=r"vocab_size must hold the tokenizer's 264, got 32"):
+        train(Transformer(CFG), stream(), schedule(), tokenizer=tokenizer, progress=False)
+
+
+def test_a_file_instead_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match=r"run is a file: name a folder"):
+        train(Transformer(CFG), stream(), schedule(), folder=tmp_path / "run", progress=False)
+    assert (tmp_path / "run").read_text() == "mine"
