@@ -60,7 +60,7 @@ class Cache:
         self.lengths = [held + new for held, new in zip(self.lengths, counts, strict=True)]
 
     def rollback(self, counts: int | Sequence[int]) -> None:
-        """Forget the last `counts` tokens, one number or one a row; ValueError if a row has fewer."""
+        """Forget the last tokens, as many of every row or of each; ValueError if fewer are held."""
         counts = [counts] * len(self.lengths) if isinstance(counts, int) else list(counts)
         if len(counts) != len(self.lengths):
             raise ValueError(f"one count a row: got {len(counts)} for {len(self.lengths)} rows")

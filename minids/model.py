@@ -68,6 +68,15 @@ class Transformer(nn.Module):
             if not name.endswith("gain"):
                 weight.normal_(0.0, self.cfg.init_std, generator=generator)
 
+    def cast(self, dtype: torch.dtype) -> "Transformer":
+        """Cast the weights in place; rotary frequencies and routing biases stay as exact as before.
+
+        `.bfloat16()` and `.to(bfloat16)` would round both, so a model cast by them refuses to run.
+        """
+        for weight in self.parameters():
+            weight.data = weight.data.to(dtype)
+        return self
+
     @property
     def routers(self) -> list:
         """The routers in the order of `Losses.load`: MoE layers, then MTP modules."""
@@ -129,6 +138,8 @@ class Transformer(nn.Module):
     ) -> tuple[Complex[Tensor, "#B T R_half"], Bool[Tensor, "#B T S"] | None]:
         """Return the rotations of the next tokens and which keys they see (None: all of them)."""
         device = self.embed.device
+        if self.freq.dtype.itemsize < 4:
+            raise ValueError(f"positions were rounded to {self.freq.dtype}: cast with model.cast()")
         if cache is None:
             at = torch.arange(new_tokens, device=device)
             start, end = rearrange(at, "t -> 1 t"), new_tokens

@@ -438,3 +438,22 @@ def test_cache_errors_leave_the_cache_as_it_was():
     assert cache.lengths == [6, 6]
     assert torch.equal(cache.store, store)
     torch.testing.assert_close(model(ids[:, 6:8], cache=cache), model(ids)[:, 6:8], **TOLERANCE)
+
+
+def test_casting_rounds_weights_alone():
+    model = Transformer(preset("toy", max_seq_len=2048), seed=0)
+    exact, ids = model.freq.clone(), torch.arange(8)[None]
+    model.routers[0].bias.fill_(0.0123456789)
+    wanted = model(ids)
+    model.cast(torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.freq, exact)
+    assert model.routers[0].bias.dtype == torch.float32
+    # BF16 keeps 8 bits: weights are off by 2^-9 at most, here over a dozen products
+    assert (model(ids) - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_a_blunt_cast_is_refused():
+    model = Transformer(preset("toy"), seed=0).bfloat16()
+    with pytest.raises(ValueError, match=r"rounded to torch.bfloat16: cast with model.cast\(\)"):
+        model(torch.arange(8)[None])
