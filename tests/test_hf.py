@@ -160,6 +160,10 @@ REFUSED = {
     "rope_key": ({"rope_scaling": YARN | {"truncate": False}}, "unknown rotary settings"),
     "rope_default": ({"rope_scaling": {"type": "default", "factor": 2}}, "unknown rotary settings"),
     "mscales": ({"rope_scaling": YARN | {"mscale": 0.7}}, "yarn needs mscale = mscale_all_dim"),
+    "mscale_0": (
+        {"rope_scaling": YARN | {"mscale": 0, "mscale_all_dim": 0}},
+        "yarn needs mscale = mscale_all_dim, not 0",
+    ),
     "factor": ({"rope_scaling": YARN | {"factor": None}}, "factor must be a number"),
     "zero": ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer >= 1, got 0"),
     "text": ({"hidden_size": "7168"}, "hidden_size must be an integer >= 1, got '7168'"),
