@@ -71,6 +71,6 @@ def rotate(
     # Complex views refuse odd storage offsets, of a slice here or of its gradient: both are copied.
     pairs = at_least_fp32(x).unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)
     if x.ndim == 4:
-        phase = rearrange(phase, "b t r -> b t 1 r")
+        phase = phase[:, :, None]  # of all heads
     turned = 1.0 * torch.view_as_real(torch.view_as_complex(pairs) * phase)
-    return rearrange(turned, "... r two -> ... (r two)").to(x.dtype)
+    return turned.flatten(-2).to(x.dtype)
