@@ -2,6 +2,21 @@
 
 from minids.checkpoint import load, save
 from minids.config import PRESETS, Config, preset
+from minids.count import count
+from minids.evaluate import evaluate
+from minids.generate import generate
 from minids.model import Transformer
+from minids.train import train
 
-__all__ = ["PRESETS", "Config", "Transformer", "load", "preset", "save"]
+__all__ = [
+    "PRESETS",
+    "Config",
+    "Transformer",
+    "count",
+    "evaluate",
+    "generate",
+    "load",
+    "preset",
+    "save",
+    "train",
+]
