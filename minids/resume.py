@@ -59,14 +59,17 @@ def save_state(
 
 def load_state(
     folder: Path, model: nn.Module, optimizer: Optimizer, about: Mapping[str, Any]
-) -> tuple[Position, list[dict[str, Any]]] | None:
-    """Put the newest state into model and optimiser; return its position and log, None without one.
+) -> tuple[Position, list[dict[str, Any]]]:
+    """Put the newest state into model and optimiser; return its position and log.
 
-    The log loses what was written after that state. Raises ValueError for a damaged file, and for
-    a folder whose run is not the one asked for.
+    Without one: the start, and no log. Log lines behind the state are cut off. Raises ValueError
+    for a damaged file, and for a folder whose run is not the one asked for.
     """
+    log = folder / "log.jsonl"
     if not (states := sorted((folder / "state").glob("step_*.safetensors"))):
-        return None
+        if log.is_file() and log.stat().st_size:
+            raise ValueError(f"{folder} has a log but no state: use a new folder, or delete {log}")
+        return Position(), []
     header, tensors = _read(states[-1])
     for key, given in json.loads(json.dumps(about)).items():
         if (there := header["about"].get(key)) != given:
@@ -78,7 +81,6 @@ def load_state(
     for name in sorted(tensors.keys() - {f"model.{key}" for key in weights}):
         _, index, key = name.split(".")
         moments.setdefault(int(index), {})[key] = tensors[name]
-    log = folder / "log.jsonl"
     if not log.is_file() or log.stat().st_size < header["log_bytes"]:
         raise ValueError(f"{log} is shorter than at step {header['position'][0]}: put it back")
     os.truncate(log, header["log_bytes"])

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from tokenizers import Tokenizer
@@ -34,6 +35,7 @@ from minids.schedule import V3, Rates, Schedule
 from minids.tokenizer import train_tokenizer
 
 _CLIP = 1.0  # of the gradient's norm
+_BLOCK = 16_384  # rows
 
 
 class Run(NamedTuple):
@@ -42,6 +44,21 @@ class Run(NamedTuple):
     model: Transformer
     log: list[dict[str, Any]]
     folder: Path | None
+
+
+def shuffled(
+    data: Packed, start: int, count: int
+) -> tuple[Int[Tensor, "B T1"], Int[Tensor, "B T1"]]:
+    """Return rows start, start+1, ... of the stream, shuffled by an epoch or at most _BLOCK rows.
+
+    Neighbours in the stream share a document, a batch of them would be one text.
+    """
+    size, picked = min(_BLOCK, data.n_tokens // data.seq_len), []
+    for block, place in (divmod(number, size) for number in range(start, start + count)):
+        order = np.random.default_rng([data.seed, block, 1]).permutation(size)
+        picked.append(data.rows(block * size + int(order[place]), 1))
+    tokens, documents = zip(*picked, strict=True)
+    return torch.cat(tokens), torch.cat(documents)
 
 
 def make_optimizer(model: Transformer) -> AdamW:
@@ -126,7 +143,9 @@ def train(
     model = model.to(device).train()
     optimizer, start, log = make_optimizer(model), Position(), []
     if folder:
-        start, log = _begin(folder, model, optimizer, about)
+        start, log = load_state(folder, model, optimizer, about)
+        if not log:
+            save_state(folder, model, optimizer, start, about)
     bar = tqdm(initial=start.tokens, total=schedule.tokens, unit=" tokens", unit_scale=True,
                disable=not progress)  # fmt: skip
     for at, line in _steps(model, optimizer, data, schedule, start, micro_batches, recompute):
@@ -183,13 +202,7 @@ def train_from_corpus(
 
 
 def _check(
-    cfg: Config,
-    schedule: Schedule,
-    seq_len: int,
-    micro_batches: int,
-    folder: Path | None,
-    device: str,
-    save_every: int,
+    cfg: Config, schedule: Schedule, seq_len, micro_batches, folder, device, save_every
 ) -> None:
     """Raise ValueError for what would else show hours later, or in words from deep inside."""
     if cfg.precision == "fp8":
@@ -211,29 +224,13 @@ def _check(
             raise ValueError(f"{folder} is a file: name a folder")
 
 
-def _begin(folder: Path, model, optimizer, about) -> tuple[Position, list[dict[str, Any]]]:
-    """Go on with the folder's run, or save the state before the first step of a new one."""
-    if found := load_state(folder, model, optimizer, about):
-        return found
-    if (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size:
-        raise ValueError(f"{folder} has a log but no state: use a new folder, or delete log.jsonl")
-    save_state(folder, model, optimizer, Position(), about)
-    return Position(), []
-
-
 def _steps(
-    model: Transformer,
-    optimizer: Optimizer,
-    data: Packed,
-    schedule: Schedule,
-    at: Position,
-    micro_batches: int,
-    recompute: bool,
+    model: Transformer, optimizer, data: Packed, schedule: Schedule, at, micro_batches, recompute
 ) -> Iterator[tuple[Position, dict[str, Any]]]:
     """Take one optimiser step after another; yield where the run then is and what to log."""
     while at.tokens < schedule.tokens:
         start, batch = time.perf_counter(), schedule.batch_at(at.tokens)
-        tokens, documents = (part.to(model.embed.device) for part in data.rows(at.rows, batch))
+        tokens, documents = (part.to(model.embed.device) for part in shuffled(data, at.rows, batch))
         rates = schedule.rates(model.cfg, at.step, at.tokens)
         try:
             line = take_step(model, optimizer, tokens, documents, rates,

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from minids import Transformer, checkpoint, preset
 from minids.data import Corpus, Packed
 from minids.schedule import Rates, Schedule
-from minids.train import make_optimizer, take_step, train, train_from_corpus
+from minids.train import make_optimizer, shuffled, take_step, train, train_from_corpus
 
 CFG = preset("toy", bias_speed=0.01)
 RATES = Rates(lr=1e-3, mtp_weight=0.3, bias_speed=0.01)
@@ -168,6 +169,18 @@ def test_softmax_router_without_bias_trains():
 # runs
 
 
+def test_rows_of_a_batch_are_not_neighbours():
+    """Each row of an epoch once, and a step's rows from all over it; any row can be had alone."""
+    data = stream()
+    size = data.n_tokens // data.seq_len
+    straight, mixed = data.rows(0, size)[0].tolist(), shuffled(data, 0, size)[0].tolist()
+    assert sorted(mixed) == sorted(straight)
+    at = [straight.index(row) for row in mixed[:8]]
+    assert sum(abs(a - b) == 1 for a, b in pairwise(at)) < 3
+    assert shuffled(data, 5, 1)[0][0].tolist() == mixed[5]
+    assert shuffled(data, size, size)[0].tolist() != mixed
+
+
 def test_a_run_learns_and_two_runs_are_equal_bit_for_bit():
     long = schedule(steps=60, peak_lr=1e-2)
     one, other = (train(Transformer(CFG), stream(), long, progress=False) for _ in range(2))
@@ -227,13 +240,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(poison, tmp_p
 
     class Poisoned(Packed):
         def rows(self, start, count):
-            if start == 16:
+            calls.append(start)
+            if len(calls) == 1 + 4 * 4 + 1:  # one to know the data by, four a step
                 with torch.no_grad():
                     model.head.weight[0, 0] = poison
             return super().rows(start, count)
 
     data, model = stream(), Transformer(CFG)
-    data.__class__ = Poisoned
+    data.__class__, calls = Poisoned, []
     with pytest.raises(FloatingPointError, match=r"step 5, seed 0, rows 16 to 19.*Try a lower"):
         train(model, data, schedule(), folder=tmp_path, save_every=2, progress=False)
     assert model.embed.isfinite().all()
