@@ -143,7 +143,10 @@ def test_drafting_of_a_trained_model(trained):
 
 
 def test_drafts_are_those_of_the_modules_without_a_cache(trained, monkeypatch):
-    """Each round's distributions, against the chain of Eqs. 21-23 run over the whole text."""
+    """Each round's distributions, against the chain of Eqs. 21-23 run over the whole text.
+
+    The trained model keeps most drafts, the random one refuses nearly all: both sides of rollback.
+    """
     rounds, text, propose = [], [], Drafter.propose
 
     def recording(self, fed, states, kept, word):
@@ -153,17 +156,25 @@ def test_drafts_are_those_of_the_modules_without_a_cache(trained, monkeypatch):
         return draft, q
 
     monkeypatch.setattr(Drafter, "propose", recording)
-    generate(trained, prompts(1, 5), 20, temperature=0.7, draft="mtp")
-    assert len(rounds) > 5
-    for confirmed, draft, q in rounds:
-        words = torch.tensor([[*confirmed, *draft]])
-        states, end = trained.hidden(words[:, : len(confirmed) - 1]), len(confirmed) - 1
-        for k, module in enumerate(trained.mtp, start=1):
-            phase, visible = trained.positions(1, end, offset=k)
-            embedding = F.embedding(words[:, k : k + end], trained.embed)
-            states, _ = module(states, embedding, phase, visible)
-            want = (trained.head(states[0, -1]) / 0.7).softmax(-1)
-            assert (q[k - 1] - want).norm() <= SAME * want.norm()
+    for model in (trained, toy(1, mtp_depth=1 + len(trained.mtp))):
+        rounds.clear()
+        text.clear()
+        generate(model, prompts(1, 5), 20, temperature=0.7, draft="mtp")
+        assert len(rounds) > 5
+        for confirmed, draft, q in rounds:
+            assert_drafts_are_right(model, confirmed, draft, q)
+
+
+@torch.no_grad()
+def assert_drafts_are_right(model, confirmed, draft, q):
+    words = torch.tensor([[*confirmed, *draft]])
+    states, end = model.hidden(words[:, : len(confirmed) - 1]), len(confirmed) - 1
+    for k, module in enumerate(model.mtp, start=1):
+        phase, visible = model.positions(1, end, offset=k)
+        embedding = F.embedding(words[:, k : k + end], model.embed)
+        states, _ = module(states, embedding, phase, visible)
+        want = (model.head(states[0, -1]) / 0.7).softmax(-1)
+        assert (q[k - 1] - want).norm() <= SAME * want.norm()
 
 
 # --- the distribution of sampled text, by counting
