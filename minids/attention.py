@@ -1,6 +1,7 @@
 """Multi-head, grouped-query and multi-query attention: what MLA is compared with.
 
-Paper   MHA arXiv:1706.03762, MQA arXiv:1911.02150, GQA arXiv:2305.13245; DeepSeek-V2 (arXiv:2405.04434), Table 1.
+Paper   MHA arXiv:1706.03762, MQA arXiv:1911.02150, GQA arXiv:2305.13245;
+        DeepSeek-V2 (arXiv:2405.04434), Table 1.
 Dims    B batch, T queries, S keys, D width, H query heads, G key heads, N width of a query or key,
         V width of a value.
 Book    book/03_cache.ipynb             Kernel  none
@@ -23,7 +24,7 @@ def causal_mask(
     key_positions: Int[Tensor, " S"],
     documents: Int[Tensor, "#B S"] | None = None,
 ) -> Bool[Tensor, "#B T S"]:
-    """True where a query may look: keys not after it and, with `documents` (T = S), in its own one."""
+    """True where a query may look: keys not after it, of its own document (T = S) if given."""
     seen = key_positions <= query_positions[..., None]
     if documents is not None:
         seen = seen & (documents[..., None] == rearrange(documents, "b s -> b 1 s"))
@@ -37,9 +38,9 @@ def attend(
     mask: Bool[Tensor, "#B T S"] | None,
     scale: float,
 ) -> Float[Tensor, "B T H V"]:
-    """Return softmax(q k^T * scale) v, with zero weight where the mask is False; None sees all keys.
+    """Return softmax(q k^T * scale) v, with weight 0 where the mask is False; None sees all keys.
 
-    Each of the G key and value heads serves H / G query heads: they are more rows of the same product.
+    Each of the G key and value heads serves H / G query heads: more rows of one product.
     Softmax is taken in FP32 at least, in tiles, so that no [T, S] matrix is ever stored.
     """
     (heads, value_dim), (groups, width) = (q.shape[2], v.shape[3]), k.shape[2:]
@@ -54,7 +55,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """H query heads share `kv_heads` key and value heads: H of them is MHA, one is MQA, else GQA."""
+    """H query heads share `kv_heads` key and value heads: H of them is MHA, 1 is MQA, else GQA."""
 
     def __init__(self, cfg: Config):
         super().__init__()

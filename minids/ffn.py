@@ -1,7 +1,7 @@
 """SwiGLU: one half of the hidden layer gates the other.
 
 Paper   DeepSeek-V3 (arXiv:2412.19437), Eq. 12 (FFN); SwiGLU, arXiv:2002.05202.
-Dims    D width, F hidden width (`inter_dim`; for shared experts `n_shared_experts * moe_inter_dim`).
+Dims    D width, F hidden width (`inter_dim`; shared experts: `n_shared_experts * moe_inter_dim`).
 Book    book/02_model.ipynb             Kernel  none
 """
 

@@ -1,9 +1,10 @@
-"""Latent attention: all heads' keys and values come from one small vector, and only it is remembered.
+"""Latent attention: all heads' keys and values come from one small vector, the only one kept.
 
-Paper   DeepSeek-V3 (arXiv:2412.19437), section 2.1.1, Eqs. 1-11; absorbed form: DeepSeek-V2 (arXiv:2405.04434), 2.1.2.
-Dims    B batch, T queries, S keys, D width, H heads, N R V head widths, C KV latent, Q query latent.
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 2.1.1, Eqs. 1-11;
+        absorbed form: DeepSeek-V2 (arXiv:2405.04434), 2.1.2.
+Dims    B batch, T queries, S keys, D width, H heads, N R V head widths, C KV and Q query latent.
 Book    book/04_mla.ipynb, book/05_absorb.ipynb   Kernel  none
-Differs two pairs of matrices are stored as one, as in DeepSeek's release: W^DKV with W^KR (`w_dkv`),
+Differs two pairs of matrices are stored as one, as in DeepSeek's release: W^DKV, W^KR (`w_dkv`),
         W^UQ with W^QR (`w_uq`, head by head), W^UK with W^UV (`w_ukv`, head by head).
         Both latents are normalised (section 4.2; not in the equations), the rotary key is not.
 """
@@ -61,7 +62,7 @@ class MLA(nn.Module):
         cache: CacheLayer | None = None,
         absorb: bool | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Attend; `absorb=None` takes the form with fewer multiply-adds, both give the same result."""
+        """Attend; `absorb=None` takes the form with fewer multiply-adds; both give the same."""
         q_nope, q_rope = self.queries(x, phase)
         latent = self.latents(x, phase)
         if cache is not None:
@@ -86,7 +87,7 @@ class MLA(nn.Module):
     def latents(
         self, x: Float[Tensor, "B T D"], phase: Complex[Tensor, "#B T R_half"]
     ) -> Float[Tensor, "B T CR"]:
-        """Return what is cached: the normalised latent c_kv, then the one rotated key of all heads."""
+        """Return what is cached: the normalised latent c_kv, then all heads' one rotated key."""
         c_kv, k_rope = self._split_latent(self.w_dkv(x))  # Eq. 1
         return torch.cat([self.kv_norm(c_kv), rotate(k_rope, phase)], dim=-1)  # Eq. 3
 

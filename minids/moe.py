@@ -20,7 +20,7 @@ from minids.router import Router
 
 
 class Routed(NamedTuple):
-    """What training needs to know of one MoE layer's routing; outputs, so that recomputation is free."""
+    """What training must know of one MoE layer's routing; outputs, so recomputing it is free."""
 
     load: Int[Tensor, " E"]  # tokens a routed expert received
     balance_loss: Float[Tensor, ""]  # weighted by the config's alphas
@@ -38,7 +38,7 @@ class Experts(nn.Module):
     def forward(
         self, x: Float[Tensor, "BT D"], gate: Float[Tensor, "BT K"], ids: Int[Tensor, "BT K"]
     ) -> Float[Tensor, "BT D"]:
-        """Sort the BT*K visits by expert, run each expert once on its rows, put the results back."""
+        """Sort the BT*K visits by expert, run each expert once on its rows, sum each token's."""
         if len(x) == 1:  # a decoded token has nothing to sort
             return self._one_token(x, gate, ids)
         order = rearrange(ids, "bt k -> (bt k)").argsort(stable=True)
@@ -73,7 +73,7 @@ def matmul_by_expert(
 
 
 def _can_group(x: Tensor, w: Tensor) -> bool:
-    """Say whether torch's grouped product takes them: it wants rows of whole 16 bytes, no autocast."""
+    """Say whether torch's grouped product takes them: rows of whole 16 bytes, no autocast."""
     device, row_bytes = x.device.type, (n * w.element_size() for n in w.shape[1:])
     return (
         device == "cpu"
@@ -98,7 +98,7 @@ def dense_loop(
     gate: Float[Tensor, "BT K"],
     ids: Int[Tensor, "BT K"],
 ) -> Float[Tensor, "BT D"]:
-    """The reference of Experts: every expert sees every token, those not chosen weigh 0 (Eq. 12, 14)."""
+    """The reference of Experts: every expert sees every token, weight 0 if not chosen (Eq. 14)."""
     weight = torch.zeros(len(x), len(experts.w_down), dtype=gate.dtype, device=x.device)
     weight = weight.scatter(-1, ids, gate).to(x.dtype)
     y = torch.zeros_like(x)
@@ -108,7 +108,7 @@ def dense_loop(
 
 
 class MoE(nn.Module):
-    """Routed experts plus shared ones, which are one SwiGLU of `n_shared_experts` times the width."""
+    """Routed experts plus shared ones: one SwiGLU of `n_shared_experts` times the width."""
 
     def __init__(self, cfg: Config):
         super().__init__()

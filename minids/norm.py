@@ -1,6 +1,6 @@
 """RMSNorm: divide by the root mean square, then scale each channel.
 
-Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.2 (also on both latents); RMSNorm, arXiv:1910.07467.
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.2 (on both latents too); RMSNorm arXiv:1910.07467.
 Dims    D any normalised width (model width, query latent, KV latent).
 Book    book/02_model.ipynb             Kernel  none
 """

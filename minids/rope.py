@@ -1,10 +1,11 @@
 """Rotary positions: neighbouring channels turn as one complex number; YaRN slows the slow ones.
 
-Paper   DeepSeek-V3 (arXiv:2412.19437), Eqs. 3, 8 and section 4.3; RoPE arXiv:2104.09864; YaRN arXiv:2309.00071.
+Paper   DeepSeek-V3 (arXiv:2412.19437), Eqs. 3, 8 and section 4.3;
+        RoPE arXiv:2104.09864; YaRN arXiv:2309.00071.
 Dims    R rotated channels (even), T positions.
 Book    book/06_rope.ipynb              Kernel  none
-Differs generic YaRN multiplies cos and sin by a temperature; DeepSeek's release multiplies the softmax
-        scale by its square instead (inference/model.py), and so do we: never both.
+Differs generic YaRN multiplies cos and sin by a temperature; DeepSeek's release multiplies the
+        softmax scale by its square instead (inference/model.py), and so do we: never both.
 """
 
 import math
@@ -21,8 +22,8 @@ from minids.norm import at_least_fp32
 def ramp_bounds(cfg: Config) -> tuple[int, int]:
     """Return the pair where YaRN starts to interpolate and the pair from which it fully does.
 
-    Pair k turns `original_seq_len * theta^(-2k/R) / 2 pi` times in the original context; the bounds are
-    the pairs that turn `beta_fast` and `beta_slow` times (fact sheet 2.3: 10 and 23 for V3).
+    Pair k turns `original_seq_len * theta^(-2k/R) / 2 pi` times in the original context; the
+    bounds are the pairs that turn `beta_fast` and `beta_slow` times (fact sheet 2.3: 10 and 23 for V3).
     """
 
     def pair_that_turns(times: float) -> float:
@@ -37,7 +38,7 @@ def ramp_bounds(cfg: Config) -> tuple[int, int]:
 
 
 def frequencies(cfg: Config) -> Float[Tensor, " R_half"]:
-    """Return each pair's angle per position in radians, stretched by YaRN when `rope_factor` > 1."""
+    """Return each pair's angle a position in radians, stretched by YaRN if `rope_factor` > 1."""
     dim = cfg.rotated_dim
     freq = 1.0 / (
         cfg.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
