@@ -60,8 +60,9 @@ def evaluate(
     windows half a window apart: the first scores all its targets, each later one its second half,
     so that a target sees at least half a window. Raises ValueError where there is no text.
     """
-    window = model.cfg.max_seq_len if window is None else window
-    if not 2 <= window <= (most := model.cfg.max_seq_len):
+    most = model.cfg.max_seq_len
+    window = most if window is None else window
+    if not 2 <= window <= most:
         raise ValueError(f"window must lie in 2..{most}, got {window}")
     check_tokenizer(tokenizer, model.cfg)
     if empty := [domain for domain, documents in texts.items() if not any(documents)] or not texts:
