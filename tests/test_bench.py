@@ -90,8 +90,11 @@ def test_sides_that_disagree_are_not_timed():
         cpu.race(replace(case, start=start))
 
 
-def test_threads_are_checked_and_put_back(report):
-    assert torch.get_num_threads() == 1
+def test_threads_are_checked_and_put_back(monkeypatch):
+    monkeypatch.setattr(cpu, "make_cases", lambda size: {})
+    torch.set_num_threads(2)
+    assert cpu.run(threads=1)["machine"]["threads"] == 1
+    assert torch.get_num_threads() == 2
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         cpu.run(threads=0)
 
