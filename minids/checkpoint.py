@@ -21,10 +21,19 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from minids.hf import from_hf, to_hf
+from minids.files.hf import from_hf, to_hf
+from minids.files.shards import (
+    CODES,
+    INDEX,
+    Slot,
+    check_headers,
+    member,
+    open_shards,
+    read_json,
+    slots,
+)
 from minids.model import Transformer
 from minids.rope import frequencies
-from minids.shards import CODES, INDEX, Slot, check_headers, member, open_shards, read_json, slots
 from minids.tokenizer import save_tokenizer
 
 _CONFIG = "config.json"

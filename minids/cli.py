@@ -18,10 +18,10 @@ from typer.core import TyperGroup
 from minids.checkpoint import load
 from minids.config import PRESETS, Config, preset
 from minids.count import MEASURED_TFLOPS, REPORTED_TOKENS, count, count_files, table
-from minids.data import load_corpus
 from minids.evaluate import evaluate
+from minids.files.corpus import load_corpus
+from minids.files.hf import from_hf
 from minids.generate import Stats, stream
-from minids.hf import from_hf
 from minids.learn import doctor as machine
 from minids.tokenizer import BOS, EOS, load_tokenizer
 from minids.train import train_from_corpus

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from minids.config import Config, preset
+from minids.files.shards import FP8, tensor_names
 from minids.model import Transformer
-from minids.shards import FP8, tensor_names
 
 # bytes a parameter: (weights, master weights, gradients, both Adam moments); FP8 as report 3.3.3
 TRAINING_BYTES = {"fp32": (4, 0, 4, 8), "bf16": (2, 4, 4, 8), "fp8": (1, 4, 4, 4)}

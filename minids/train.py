@@ -26,9 +26,10 @@ from tqdm import tqdm
 from minids import checkpoint
 from minids.balance import max_vio, update_bias
 from minids.config import Config
-from minids.data import Corpus, Packed, encode_train
+from minids.data import Packed, encode_train
 from minids.evaluate import check_tokenizer
-from minids.hf import to_hf
+from minids.files.corpus import Corpus
+from minids.files.hf import to_hf
 from minids.model import Transformer, count_targets
 from minids.resume import Position, append_line, load_state, save_state
 from minids.schedule import V3, Rates, Schedule

@@ -3,7 +3,7 @@
 What was found by trying 5.23.0, and is handled here:
 - V3's class ignores softmax scoring: the softmax oracle is DeepseekV2, which ignores
   `norm_topk_prob` and sets dropped groups to 0 (the same choice as -inf: a softmax is positive).
-- `q_lora_rank` 0 must be null (minids.hf writes that). One expert a group crashes it.
+- `q_lora_rank` 0 must be null (minids.files.hf writes that). One expert a group crashes it.
 - Odd widths need the eager experts; every model here takes them, and eager attention.
 - Norms on the latents use eps 1e-6 whatever the config says.
 - MTP has no training path: `MtpModel.forward_layer` is called layer by layer, teacher-forced. It
@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache, MtpCache
 from transformers.modeling_layers import MtpModel
 
 from minids import Config, Transformer
-from minids.hf import to_hf
+from minids.files.hf import to_hf
 
 PINNED = "5.23.0"
 LATENT_NORM_EPS = 1e-6

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from minids import cli
 from minids.config import preset
 from minids.count import count
-from minids.hf import to_hf
+from minids.files.hf import to_hf
 from minids.tokenizer import train_tokenizer
 
 VERBS = ["tour", "count", "train", "evaluate", "generate", "bench", "doctor"]

@@ -1,4 +1,4 @@
-"""minids/hf.py: the published config.json files are our presets, and nothing else slips in."""
+"""minids/files/hf.py: the published config.json files are our presets; nothing else slips in."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minids import Config, preset
-from minids.hf import from_hf, to_hf
+from minids.files.hf import from_hf, to_hf
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""minids/shards.py: the published name of every tensor, counted to the last one."""
+"""minids/files/shards.py: the published name of every tensor, counted to the last one."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minids import Transformer, preset
-from minids.shards import FP8, slots, tensor_names
+from minids.files.shards import FP8, slots, tensor_names
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minids import Transformer, checkpoint, preset
-from minids.data import Corpus, Packed
+from minids.data import Packed
+from minids.files.corpus import Corpus
 from minids.schedule import Rates, Schedule
 from minids.train import make_optimizer, shuffled, take_step, train, train_from_corpus
 

@@ -16,8 +16,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from minids.config import Config, preset
+from minids.files.hf import to_hf
 from minids.generate import generate
-from minids.hf import to_hf
 from minids.model import Transformer
 
 Call = Callable[[], Tensor]  # runs once and returns what both sides must agree on

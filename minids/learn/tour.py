@@ -15,8 +15,9 @@ import torch
 from tokenizers import Tokenizer
 
 from minids.config import preset
-from minids.data import Packed, encode_train, load_corpus
+from minids.data import Packed, encode_train
 from minids.evaluate import Score, evaluate
+from minids.files.corpus import load_corpus
 from minids.generate import generate
 from minids.model import Transformer
 from minids.schedule import Schedule
