@@ -1,9 +1,10 @@
 # `make learn` opens the book, `make test` runs every check. Both need Python 3.11+ and make.
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
-# torch for CPU, asked for first: the default build for Linux is for CUDA, ten times the size, and
-# brings a triton of its own. Where this index cannot be reached pip takes torch from its usual one.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# torch is installed before all that depends on it. Its default build for Linux may be the one for
+# CUDA, ten times the size: make venv TORCH_INDEX=... asks another index first, such as pytorch.org's
+# for CPU.
+TORCH_INDEX ?=
 # a container's only user is often root, whom JupyterLab refuses unless told
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
@@ -27,7 +28,7 @@ venv: .venv/.installed  ## make .venv and install everything into it
 	  fi; \
 	  echo "making .venv with $$found"; $$found -m venv .venv; \
 	fi
-	$(PIP) --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) --editable ".[book,test]"
 	@touch $@
 

@@ -279,10 +279,6 @@ def generate(oracle: Oracle, ids: Tensor, new_tokens: int, use_mtp: bool = False
     )
 
 
-def auto_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
-    return transformers.AutoTokenizer.from_pretrained(folder)
-
-
 def rewritten_config(published: dict, folder: Path) -> dict:
     """Return the config.json that transformers writes after reading a published one."""
     kind = {

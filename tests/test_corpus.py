@@ -10,8 +10,8 @@ import pytest
 from minids.files import corpus as source
 from minids.files.corpus import load_corpus
 
-# "about 5 %": the split's salt was chosen for Python 3.11; elsewhere the standard library is another
-# draw of documents of unequal length
+# "about 5 %": the split's salt was chosen for Python 3.11; elsewhere the standard library is
+# another draw of documents of unequal length
 SHARES = (0.03, 0.08) if sys.version_info[:2] == (3, 11) else (0.005, 0.2)
 
 
