@@ -13,8 +13,8 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, chosen for colour-blind eyes, darker where needed: each has a contrast of 3
-# or more to white and to the book's dark page (tests/test_style.py)
+# Okabe and Ito's colours, chosen for colour-blind eyes, darker where needed: each has a contrast of
+# 3 or more to white and to the book's dark page (tests/test_style.py)
 COLOURS = ["#0077bb", "#d55e00", "#00966d", "#c06a99", "#a87400", "#7a7a7a"]
 INK = "#7a7a7a"  # of text and axes: readable on both, like the colours
 

@@ -45,7 +45,8 @@ def attend(
     """
     (heads, value_dim), (groups, width) = (q.shape[2], v.shape[3]), k.shape[2:]
     q = rearrange(q, "b t (g h) n -> b g (h t) n", g=groups)
-    k, v = (rearrange(x, "b s g n -> b g s n") for x in (k, v))
+    # einops would look up its pattern anew for each length of a growing cache
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # b g s n
     if mask is not None:
         mask = repeat(mask, "b t s -> b 1 (h t) s", h=heads // groups)
     if value_dim < width:  # torch has a tiled kernel for equal widths alone

@@ -25,5 +25,5 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
         wide = at_least_fp32(x)
-        unit = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return self.gain * unit.to(x.dtype)
+        mean_square = torch.linalg.vecdot(wide, wide)[..., None] / wide.shape[-1]
+        return self.gain * (wide * (mean_square + self.eps).rsqrt()).to(x.dtype)
