@@ -101,6 +101,18 @@ class Packed:
             tokens[at], documents[at] = self._epoch(number, place[at])
         return torch.from_numpy(tokens), torch.from_numpy(documents - documents[:, :1])
 
+    def shuffled(self, start: int, count: int) -> tuple[_Rows, _Rows]:
+        """Return rows start, start+1, ... of the stream shuffled by epochs, or by 16,384 rows.
+
+        Neighbours in the stream share a document: a batch of them would be one text.
+        """
+        size, picked = min(16_384, self.n_tokens // self.seq_len), []
+        for block, place in (divmod(number, size) for number in range(start, start + count)):
+            order = np.random.default_rng([self.seed, block, 1]).permutation(size)
+            picked.append(self.rows(block * size + int(order[place]), 1))
+        tokens, documents = zip(*picked, strict=True)
+        return torch.cat(tokens), torch.cat(documents)
+
     def _epoch(self, epoch: int, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens at places of an epoch, and their documents, numbered in the stream."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self._lengths))

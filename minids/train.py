@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from tokenizers import Tokenizer
@@ -36,7 +35,6 @@ from minids.schedule import V3, Rates, Schedule
 from minids.tokenizer import train_tokenizer
 
 _CLIP = 1.0  # of the gradient's norm
-_BLOCK = 16_384  # rows
 
 
 class Run(NamedTuple):
@@ -45,21 +43,6 @@ class Run(NamedTuple):
     model: Transformer
     log: list[dict[str, Any]]
     folder: Path | None
-
-
-def shuffled(
-    data: Packed, start: int, count: int
-) -> tuple[Int[Tensor, "B T1"], Int[Tensor, "B T1"]]:
-    """Return rows start, start+1, ... of the stream, shuffled by an epoch or at most _BLOCK rows.
-
-    Neighbours in the stream share a document, a batch of them would be one text.
-    """
-    size, picked = min(_BLOCK, data.n_tokens // data.seq_len), []
-    for block, place in (divmod(number, size) for number in range(start, start + count)):
-        order = np.random.default_rng([data.seed, block, 1]).permutation(size)
-        picked.append(data.rows(block * size + int(order[place]), 1))
-    tokens, documents = zip(*picked, strict=True)
-    return torch.cat(tokens), torch.cat(documents)
 
 
 def make_optimizer(model: Transformer) -> AdamW:
@@ -231,7 +214,7 @@ def _steps(
     """Take one optimiser step after another; yield where the run then is and what to log."""
     while at.tokens < schedule.tokens:
         start, batch = time.perf_counter(), schedule.batch_at(at.tokens)
-        tokens, documents = (part.to(model.embed.device) for part in shuffled(data, at.rows, batch))
+        tokens, documents = (part.to(model.embed.device) for part in data.shuffled(at.rows, batch))
         rates = schedule.rates(model.cfg, at.step, at.tokens)
         try:
             line = take_step(model, optimizer, tokens, documents, rates,

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -187,3 +188,15 @@ def test_bad_packing_says_what_is_wrong():
         Packed(DOCUMENTS, 0, seed=-1)
     with pytest.raises(ValueError, match="start >= 0 and count >= 1, got -1 and 0"):
         Packed(DOCUMENTS, 4, seed=0).rows(-1, 0)
+
+
+def test_rows_of_a_batch_are_not_neighbours():
+    """Each row of an epoch once, and a step's rows from all over it; any row can be had alone."""
+    data = Packed([[BOS, *range(n, n + 30), EOS] for n in range(10, 400, 10)], seq_len=8, seed=3)
+    size = data.n_tokens // data.seq_len
+    straight, mixed = data.rows(0, size)[0].tolist(), data.shuffled(0, size)[0].tolist()
+    assert sorted(mixed) == sorted(straight)
+    at = [straight.index(row) for row in mixed[:8]]
+    assert sum(abs(a - b) == 1 for a, b in pairwise(at)) < 3
+    assert data.shuffled(5, 1)[0][0].tolist() == mixed[5]
+    assert data.shuffled(size, size)[0].tolist() != mixed

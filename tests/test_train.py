@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from minids import Transformer, checkpoint, preset
 from minids.data import Packed
 from minids.files.corpus import Corpus
 from minids.schedule import Rates, Schedule
-from minids.train import make_optimizer, shuffled, take_step, train, train_from_corpus
+from minids.train import make_optimizer, take_step, train, train_from_corpus
 
 CFG = preset("toy", bias_speed=0.01)
 RATES = Rates(lr=1e-3, mtp_weight=0.3, bias_speed=0.01)
@@ -168,18 +167,6 @@ def test_softmax_router_without_bias_trains():
 
 
 # runs
-
-
-def test_rows_of_a_batch_are_not_neighbours():
-    """Each row of an epoch once, and a step's rows from all over it; any row can be had alone."""
-    data = stream()
-    size = data.n_tokens // data.seq_len
-    straight, mixed = data.rows(0, size)[0].tolist(), shuffled(data, 0, size)[0].tolist()
-    assert sorted(mixed) == sorted(straight)
-    at = [straight.index(row) for row in mixed[:8]]
-    assert sum(abs(a - b) == 1 for a, b in pairwise(at)) < 3
-    assert shuffled(data, 5, 1)[0][0].tolist() == mixed[5]
-    assert shuffled(data, size, size)[0].tolist() != mixed
 
 
 def test_a_run_learns_and_two_runs_are_equal_bit_for_bit():
