@@ -45,7 +45,7 @@ def test_weights_are_shared_and_logits_equal():
 
 
 def test_every_race_is_run_and_ratios_come_from_printed_times(report):
-    assert list(report["rows"]) == ["train", "nano", "generate", "lite", "absorb"]
+    assert list(report["rows"]) == ["train", "nano", "generate", "lite", "absorb", "layer"]
     for row in report["rows"].values():
         for side in (row["ours"], row["theirs"]):
             assert side["seconds"] > 0

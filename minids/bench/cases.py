@@ -95,6 +95,7 @@ def make_cases(size: Size) -> dict[str, Case]:
         (OURS, *(f"transformers, {name}" for name in names))
         for names in (EXPERTS_MANY, EXPERTS_ONE)
     )
+    forms = (OURS, "minids, naive form")
     new, few = size.new_tokens, max(size.rounds // 3, 2)
     nano, big = size.nano, size.lite
     return {
@@ -106,8 +107,10 @@ def make_cases(size: Size) -> dict[str, Case]:
                          new, 0.0, size.rounds, many, partial(_generate, nano, size.cached, new)),
         "lite": Case(f"decoding after {size.cached:,} tokens, {lite}", 3.0,
                      2, 1e-4, few, one, partial(_decode, big, size.cached, 2)),
-        "absorb": Case(f"V3's attention layer, 1 query, {size.layer_cached:,} cached", 30.0,
-                       1, 1e-4, few, ("minids", "minids, naive form"), partial(_layer, size)),
+        "absorb": Case(f"V3's attention, 1 query, {size.layer_cached:,} cached", 30.0,
+                       1, 1e-4, few, forms, partial(_layer, size, False)),
+        "layer": Case("the same with all projections of the layer", 0.0,
+                      1, 1e-4, few, forms, partial(_layer, size, True)),
     }  # fmt: skip
 
 
@@ -229,8 +232,8 @@ def _generate(cfg: Config, prompt: int, new: int, side: str) -> Call:
     return lambda: peer.generate(ids, attention_mask=every, generation_config=settings)
 
 
-def _layer(size: Size, side: str) -> Call:
-    """One query behind a full cache, through all of the attention layer, projections included."""
+def _layer(size: Size, whole: bool, side: str) -> Call:
+    """One query behind a full cache: from queries to the heads' outputs, or the `whole` layer."""
     model, cached = Transformer(size.layer).eval(), size.layer_cached
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 1, size.layer.dim, generator=generator)
@@ -240,4 +243,8 @@ def _layer(size: Size, side: str) -> Call:
     phase, visible = model.positions(1, 1, cache=cache)
     block: Any = model.layers[0]
     run = partial(block.attn, x, phase, visible, cache.layer(0), absorb=side == OURS)
+    if not whole:
+        attend = block.attn.attend_absorbed if side == OURS else block.attn.attend_naive
+        with torch.no_grad():
+            run = partial(attend, *block.attn.queries(x, phase), cache.store[0], None)
     return torch.inference_mode()(run)

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
+from tqdm import tqdm
 
 from minids.bench.cases import DEFAULT_EXPERTS, OURS, SIZES, Call, Case, make_cases
 
@@ -104,7 +105,9 @@ def run(threads: int = 2, size: str = "full") -> dict[str, Any]:
     torch.set_num_threads(threads)
     rows = {}
     try:
-        for key, case in make_cases(SIZES[size]).items():
+        bar = tqdm(make_cases(SIZES[size]).items(), unit=" races")
+        for key, case in bar:
+            bar.set_description(case.name)
             rows[key] = row = summarise(case, race(case))
             for name, side in (("ours", OURS), ("theirs", row["rival"])):
                 row[name]["peak_bytes"] = peak_memory(key, side, size, threads)
