@@ -65,7 +65,7 @@ def test_fact_sheet_5_4():
 @pytest.mark.parametrize("attn", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_exact(attn, dtype):
-    model = toy(attn).to(dtype)
+    model = toy(attn).cast(dtype)
     kv = {"mla": 4 + 2, "mha": 4 * (4 + 4), "gqa": 2 * (4 + 4), "mqa": 4 + 4}[attn]
     size = torch.finfo(dtype).bits // 8
     cache = model.new_cache(3, 10)
