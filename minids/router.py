@@ -8,8 +8,11 @@ Differs scores are FP32 whatever the model's dtype, and the normaliser adds 1e-2
         both): sixteen-bit scores tie, and a sum of underflowed sigmoids is 0.
 """
 
+from contextlib import nullcontext
+
 import torch
-from einops import einsum, rearrange
+import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -45,8 +48,9 @@ class Router(nn.Module):
     ) -> tuple[Float[Tensor, "BT K"], Int[Tensor, "BT K"], Float[Tensor, "BT E"]]:
         """Return each token's K gate weights, the expert ids they belong to, and all its scores."""
         cfg = self.cfg
-        with torch.autocast(x.device.type, enabled=False):
-            logit = einsum(at_least_fp32(x), at_least_fp32(self.centroids), "bt d, e d -> bt e")
+        half = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if half else nullcontext():
+            logit = F.linear(at_least_fp32(x), at_least_fp32(self.centroids))  # u_t . e_i
         score = logit.sigmoid() if self.bias is not None else logit.softmax(-1)  # Eq. 15
         choice = score.detach() if self.bias is None else score.detach() + self.bias
         best = min(2, cfg.experts_per_group) if cfg.group_score == "top2" else 1

@@ -74,9 +74,10 @@ def test_table_has_rows_units_and_the_machine(report):
 
 
 def test_peak_memory_is_of_a_fresh_process():
+    ours = torch.ones(3 * 2**28)  # 3 GiB, which the other process must not be charged for
     peak = cpu.peak_memory("absorb", "minids", TOY, threads=1)
     assert peak is not None
-    assert 50 * 2**20 < peak < 4 * 2**30  # more than Python with torch, less than this machine
+    assert 50 * 2**20 < peak < 2 * 2**30 < ours.nbytes  # Python with torch, and little more
 
 
 def test_sides_that_disagree_are_not_timed():

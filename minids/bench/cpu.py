@@ -55,14 +55,16 @@ def _check_equal(case: Case, calls: dict[str, Call]) -> None:
 
 def probe(key: str, side: str, size: str, threads: int) -> int:
     """Run one side of one race in this process; return the process's peak resident bytes."""
-    import resource  # not on Windows
-
     torch.set_num_threads(threads)
     call = make_cases(SIZES[size])[key].start(side)
     for _ in range(2):
         call()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    if sys.platform == "linux":  # getrusage would count the parent's memory too
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024  # in KiB
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
 
 
 def peak_memory(key: str, side: str, size: str, threads: int) -> int | None:
