@@ -96,7 +96,7 @@ def _tour(
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
-    """Train a small but complete DeepSeek-V3 on real text, then let it write: about two minutes."""
+    """Train a small but complete DeepSeek-V3 on real text, then let it write: 2 to 3 minutes."""
     from minids.learn.tour import tour
 
     tour(folder, seed=seed, threads=threads)

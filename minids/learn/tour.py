@@ -1,4 +1,4 @@
-"""The guided tour: in two minutes a small but complete DeepSeek-V3 learns real text and writes.
+"""The guided tour: in a few minutes a small but complete DeepSeek-V3 learns real text and writes.
 
 Paper   DeepSeek-V3 (arXiv:2412.19437), all of section 2, at a millionth of the size.
 Dims    none.
