@@ -178,7 +178,9 @@ def _generate(
     """Write text as it is made, then say how fast and how many guesses were right."""
     model, tokenizer = load(folder, device), load_tokenizer(folder)
     guess = "mtp" if draft or (draft is None and model.cfg.mtp_depth) else None
-    ids = torch.tensor([[BOS, *tokenizer.encode(prompt).ids]], device=device)
+    ids = torch.tensor(
+        [[BOS, *tokenizer.encode(prompt, add_special_tokens=False).ids]], device=device
+    )
     stats = Stats()
     words = stream(model, ids, max_new_tokens, temperature, top_p, (EOS,), guess, None, seed, stats)
     typer.echo(prompt, nl=False)
@@ -206,7 +208,7 @@ def _bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write it here.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
-    """Compare with transformers: training, decoding, absorbed attention; about 3 minutes."""
+    """Compare with transformers: training, decoding, absorbed attention; about 4 minutes."""
     from minids.bench import cpu
 
     cpu.main(json_file=json_file, threads=threads)
