@@ -203,22 +203,26 @@ def table(
     for precision, sizes in counts.training_bytes.items():
         parts = " + ".join(binary(size) for size in sizes.values())
         rows.append((f"  {precision}", binary(sum(sizes.values())), parts))
+    rows += _cost_rows(cfg, counts, tokens, tflops, usd)
+    left, middle = max(len(a) for a, _, _ in rows), max(len(b) for _, b, _ in rows)
+    return "\n".join(f"{a:{left}}  {b:>{middle}}  {c}".rstrip() for a, b, c in rows)
+
+
+def _cost_rows(
+    cfg: Config, counts: Counts, tokens: float, tflops: float, usd: float
+) -> list[tuple[str, str, str]]:
     hours = counts.gpu_hours(tokens, tflops)
-    rows.append((f"training on {short(tokens)} tokens at {tflops:g} TFLOP/s", "", ""))
-    rows.append(
-        (
-            "  GPU-hours",
-            f"{hours:,.3g}" if hours < 100 else f"{hours:,.0f}",
-            f"${usd * hours:,.2f} at ${usd:g} an hour",
-        )
-    )
+    spent = f"{hours:,.3g}" if hours < 100 else f"{hours:,.0f}"
+    rows = [
+        (f"training on {short(tokens)} tokens at {tflops:g} TFLOP/s", "", ""),
+        ("  GPU-hours", spent, f"${usd * hours:,.2f} at ${usd:g} an hour"),
+    ]
     if cfg == preset("v3"):
         told = sum(REPORTED_HOURS.values())
         rows.append(
             ("  reported (Table 1), with later stages", f"{told:,}", f"${2 * told:,} at $2")
         )
-    left, middle = max(len(a) for a, _, _ in rows), max(len(b) for _, b, _ in rows)
-    return "\n".join(f"{a:{left}}  {b:>{middle}}  {c}".rstrip() for a, b, c in rows)
+    return rows
 
 
 def short(n: float) -> str:
