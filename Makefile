@@ -50,7 +50,7 @@ test: lint  ## run every check, the notebooks too
 	  --nbval-cell-timeout=180 --nbval-sanitize-with=book/_tools/nbval.cfg
 
 check: lint  ## run the fast checks: no slow tests, no notebooks
-	$(PY) -m pytest tests -m "not slow"
+	$(PY) -m pytest tests -m "not slow" -n 2 --dist loadfile
 
 book: venv  ## run the chapters again and keep what they print
 	$(PY) book/_tools/normalise.py --execute

@@ -73,6 +73,7 @@ def test_table_has_rows_units_and_the_machine(report):
     assert f"{machine['threads']} threads" in table
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_a_fresh_process():
     ours = torch.ones(3 * 2**28)  # 3 GiB, which the other process must not be charged for
     peak = cpu.peak_memory("absorb", "minids", TOY, threads=1)

@@ -108,6 +108,7 @@ def slow_greedy(model, prompt, new, stop=()):
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(2))
 def test_drafting_does_not_change_greedy_text(depth, seed):

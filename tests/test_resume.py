@@ -112,6 +112,7 @@ def test_a_state_holds_weights_moments_biases_and_counters(tmp_path):
 # killed at any moment
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_reaches_the_same_bits(tmp_path, uninterrupted):
     """SIGKILL, at random moments, a real process that spends most of its time in saves."""
     methods = multiprocessing.get_all_start_methods()

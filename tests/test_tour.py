@@ -62,6 +62,7 @@ def test_it_says_what_it_does(toured):
     assert all(prompt.splitlines()[0] in said for prompt in guide.PROMPTS.values())
 
 
+@pytest.mark.slow
 def test_a_tour_taken_again_says_the_same_and_sets_the_threads_back(toured, capsys):
     folder, _, said = toured
     guide.tour(folder, threads=1, steps=2, progress=False)

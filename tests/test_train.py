@@ -169,6 +169,7 @@ def test_softmax_router_without_bias_trains():
 # runs
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_two_runs_are_equal_bit_for_bit():
     long = schedule(steps=60, peak_lr=1e-2)
     one, other = (train(Transformer(CFG), stream(), long, progress=False) for _ in range(2))
