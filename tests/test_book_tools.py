@@ -104,7 +104,6 @@ def test_check_writes_nothing_and_fails_until_written(tmp_path, capsys):
     assert path.read_bytes().endswith(b"}\n")
 
 
-@pytest.mark.slow
 @pytest.mark.slow  # starts three kernels
 def test_two_executions_give_the_same_bytes(tmp_path):
     path = tmp_path / "a.ipynb"
