@@ -1,6 +1,6 @@
 """A model on disk in Hugging Face's layout: config.json, safetensors shards, index, tokenizer.
 
-Paper   none; the folder of the release (fact sheet 3.5).
+Paper   none; the folder of the release.
 Dims    none.
 Book    book/14_train.ipynb             Kernel  none
 Differs from the release: BF16 or FP32, no FP8 yet; deeper MTP modules go on counting layers.

@@ -32,7 +32,7 @@ class Counts:
     parts: dict[str, int]
     mtp: int  # unique parameters of the MTP modules
     mtp_stored: int  # with the copies of embedding and head that the release stores
-    active: dict[str, int]  # a token, under the three conventions of fact sheet 1.4
+    active: dict[str, int]  # a token, by what counts of embedding and head
     cache_elements: int  # a token, all layers
     flops_forward: int  # a token, causal attention over `seq_len` tokens, mean over positions
     flops_training: int

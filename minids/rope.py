@@ -23,7 +23,7 @@ def ramp_bounds(cfg: Config) -> tuple[int, int]:
     """Return the pair where YaRN starts to interpolate and the pair from which it fully does.
 
     Pair k turns `original_seq_len * theta^(-2k/R) / 2 pi` times in the original context; the bounds
-    are the pairs that turn `beta_fast` and `beta_slow` times (fact sheet 2.3: 10 and 23 for V3).
+    are the pairs that turn `beta_fast` and `beta_slow` times (10 and 23 for V3).
     """
 
     def pair_that_turns(times: float) -> float:

@@ -1,6 +1,6 @@
 """A byte-level BPE tokenizer: every string has tokens, and they give back the very same string.
 
-Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.1; its pre-tokenizer: fact sheet 3.2.
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.1; pre-tokenizer: llama.cpp, deepseek3-llm.
 Dims    none.
 Book    book/02_model.ipynb             Kernel  none
 Differs FIM and pad ids follow bos 0 and eos 1 at once, so that small vocabularies hold them. Text

@@ -1,6 +1,6 @@
 """config.json: a Config in the published spelling, read and written.
 
-Paper   the released config.json of DeepSeek-V3, V2 and V2-Lite (fact sheet 1.1, 1.2); no report.
+Paper   the released config.json of DeepSeek-V3, V2 and V2-Lite; no report.
 Dims    none.
 Book    book/01_count.ipynb             Kernel  none
 Differs what no published key says (bias_speed, mtp_weight, ...) is written under a key of our own,

@@ -1,6 +1,6 @@
 """The tensors of a checkpoint: their published names, and shards that are opened with distrust.
 
-Paper   none; the files of the release (fact sheet 3.5): names, shapes and dtypes.
+Paper   none; the files of the release: names, shapes and dtypes.
 Dims    none: shapes are those of the model's own weights.
 Book    book/14_train.ipynb             Kernel  none
 Differs MTP modules behind the first (none is released) go on counting layers.
@@ -55,7 +55,7 @@ class Slot(NamedTuple):
     copy_of: str | None = None  # MTP modules carry copies of embedding and head
 
     def dtype(self, stored: torch.dtype) -> torch.dtype:
-        """Return the dtype it has in a file of `stored` weights (fact sheet 3.5)."""
+        """Return the dtype it has in a file of `stored` weights, as in the release."""
         if self.name.endswith("e_score_correction_bias"):
             return torch.float32
         in_fp8 = "self_attn." in self.name or "mlp." in self.name
