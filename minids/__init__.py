@@ -5,6 +5,7 @@ from minids.config import PRESETS, Config, preset
 from minids.count import count
 from minids.evaluate import evaluate
 from minids.generate import generate
+from minids.learn.check import check, hint
 from minids.model import Transformer
 from minids.train import train
 
@@ -12,9 +13,11 @@ __all__ = [
     "PRESETS",
     "Config",
     "Transformer",
+    "check",
     "count",
     "evaluate",
     "generate",
+    "hint",
     "load",
     "preset",
     "save",

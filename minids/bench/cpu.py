@@ -5,12 +5,9 @@ Dims    times in seconds, memory in bytes.
 Book    none                            Kernel  none
 """
 
-import importlib.metadata
 import json
-import platform
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -22,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids.bench.cases import DEFAULT_EXPERTS, OURS, SIZES, Call, Case, make_cases
+from minids.bench.machine import machine
 
 
 def race(case: Case) -> dict[str, list[float]]:
@@ -115,23 +113,7 @@ def run(threads: int = 2, size: str = "full") -> dict[str, Any]:
                 row[name]["peak_bytes"] = peak_memory(key, side, size, threads)
     finally:
         torch.set_num_threads(before)
-    return {"machine": _machine(threads), "rows": rows}
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():  # Linux
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    packages = ("torch", "transformers")
-    return {
-        "date": date.today().isoformat(),
-        "cpu": cpu,
-        "threads": threads,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
+    return {"machine": machine(threads, ("torch", "transformers")), "rows": rows}
 
 
 def format_table(report: dict[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""The exercises of each chapter: statement, properties, hints, wrong answers, a solution."""

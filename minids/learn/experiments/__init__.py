@@ -1,0 +1,1 @@
+"""The longer experiments of chapters, each with its log beside it."""
