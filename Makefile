@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 # a container's only user is often root, whom JupyterLab refuses unless told
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help venv lint learn tour test check book clean
+.PHONY: help venv lint learn tour test check book figures clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -52,8 +52,14 @@ test: lint  ## run every check, the notebooks too
 check: lint  ## run the fast checks: no slow tests, no notebooks
 	$(PY) -m pytest tests -m "not slow" -n 2 --dist loadfile
 
-book: venv  ## run the chapters again and keep what they print
-	$(PY) book/_tools/normalise.py --execute
+book: venv  ## build the book's site from what the chapters print, without running them
+	@rm -rf book/_build/html
+	$(PY) -m sphinx -q -W --keep-going -d book/_build/doctrees book book/_build/html
+	@echo "The site is in book/_build/html, and needs no network and no server. Open"
+	@echo "  file://$(CURDIR)/book/_build/html/index.html"
+
+figures: venv  ## draw again the figures that are files: README's and the site's first page's
+	@for svg in figures/*.svg; do echo "$$svg"; $(PY) "$${svg%.svg}.py" || exit 1; done
 
 clean:  ## remove .venv and caches; runs/ is yours and stays
 	rm -rf .venv *.egg-info build .pytest_cache .ruff_cache .hypothesis book/_build
