@@ -4,7 +4,8 @@
 
 Without files: every chapter. `--check` writes nothing and exits 1 where a file would change.
 `--execute` runs the cells first; outputs of cells tagged `nbval-ignore-output` differ from machine
-to machine and stay as stored, unless `--fresh` asks for the new ones.
+to machine and stay as stored, unless `--fresh` asks for the new ones. Widgets that need a kernel
+are kept as the text and the HTML beside them: their models have random names and no life in a file.
 """
 
 import argparse
@@ -12,7 +13,10 @@ import json
 import sys
 from copy import deepcopy
 from pathlib import Path
+from time import perf_counter
 from typing import Any
+
+from tqdm import tqdm
 
 BOOK = Path(__file__).resolve().parents[1]
 KEPT_METADATA = ("mystnb", "slideshow", "tags")
@@ -21,6 +25,7 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 IGNORED = "nbval-ignore-output"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def as_text(value: str | list[str]) -> str:
@@ -45,7 +50,8 @@ def normalise(notebook: dict[str, Any]) -> dict[str, Any]:
             executed = cell.get("execution_count") is not None
             count += executed
             kept["execution_count"] = count if executed else None
-            kept["outputs"] = [normalise_output(o, count) for o in merge_streams(cell["outputs"])]
+            outputs = without_widgets(merge_streams(cell["outputs"]))
+            kept["outputs"] = [normalise_output(output, count) for output in outputs]
         cells.append(kept)
     return {"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
 
@@ -75,6 +81,19 @@ def merge_streams(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return merged
 
 
+def without_widgets(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop the models of widgets, and the outputs that hold nothing else."""
+    kept = []
+    for output in outputs:
+        if WIDGET in output.get("data", {}):
+            data = {kind: text for kind, text in output["data"].items() if kind != WIDGET}
+            meta = {kind: value for kind, value in output["metadata"].items() if kind != WIDGET}
+            output = output | {"data": data, "metadata": meta}
+        if output.get("data") != {}:
+            kept.append(output)
+    return kept
+
+
 def keep_ignored(new: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """Return `new` with the stored outputs of ignored cells whose source is still the same."""
     kept = {
@@ -91,16 +110,29 @@ def keep_ignored(new: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     return new | {"cells": cells}
 
 
-def execute(notebook: dict[str, Any], folder: Path) -> dict[str, Any]:
+def execute(notebook: dict[str, Any], path: Path) -> dict[str, Any]:
     """Run a notebook from top to bottom; a cell that raises ends it with nbclient's error."""
     import nbformat
     from nbclient import NotebookClient
 
     node = nbformat.reads(json.dumps(normalise(notebook)), as_version=4)
-    NotebookClient(
-        node, timeout=180, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
+    resources = {"metadata": {"path": str(path.parent)}}
+    total = sum(cell.cell_type == "code" for cell in node.cells)
+    with tqdm(total=total, unit="cell", leave=False, disable=None) as bar:  # on a terminal alone
+        NotebookClient(
+            node, timeout=180, kernel_name="python3", resources=resources,
+            on_cell_complete=lambda cell, cell_index: bar.update(),
+        ).execute()  # fmt: skip
     return json.loads(nbformat.writes(node))
+
+
+def run(path: Path, stored: dict[str, Any], fresh: bool) -> dict[str, Any]:
+    """Run a chapter, say how long it took, and return it with what is kept of its old outputs."""
+    start = perf_counter()
+    print(f"{path.name:<28} ", end="", flush=True)
+    notebook = execute(stored, path)
+    print(f"{perf_counter() - start:6.1f} s")
+    return notebook if fresh else keep_ignored(notebook, stored)
 
 
 def to_text(notebook: dict[str, Any]) -> str:
@@ -122,8 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = path.read_text(encoding="utf-8")
         stored = notebook = json.loads(text)
         if options.execute:
-            notebook = execute(stored, path.parent)
-            notebook = notebook if options.fresh else keep_ignored(notebook, stored)
+            notebook = run(path, stored, options.fresh)
         if (wanted := to_text(normalise(notebook))) != text:
             changed += 1
             print(f"{path}: {'not in normal form' if options.check else 'written'}")
