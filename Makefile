@@ -8,10 +8,10 @@ TORCH_INDEX ?=
 # a container's only user is often root, whom JupyterLab refuses unless told
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help venv lint learn tour test check book figures clean
+.PHONY: help venv lint learn tour test check book run-book figures clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 venv: .venv/.installed  ## make .venv and install everything into it
 
@@ -51,6 +51,9 @@ test: lint  ## run every check, the notebooks too
 
 check: lint  ## run the fast checks: no slow tests, no notebooks
 	$(PY) -m pytest tests -m "not slow" -n 2 --dist loadfile
+
+run-book: venv  ## run the chapters again and keep what they print
+	$(PY) book/_tools/normalise.py --execute
 
 book: venv  ## build the book's site from what the chapters print, without running them
 	@rm -rf book/_build/html

@@ -92,7 +92,7 @@ def colab_cell(root: Path = BOOK.parent) -> str:
         "# Colab alone needs this; elsewhere the cell does nothing\n"
         "import sys\n\n"
         'if "google.colab" in sys.modules:\n'
-        f'    %pip install -q "minids[book] @ git+{repository(root)}@main"'
+        f'    %pip install -q "minids[figures] @ git+{repository(root)}@main"'
     )
 
 
