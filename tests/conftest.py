@@ -1,8 +1,21 @@
-"""What every test shares: a seed, one thread, GPU tests skipped aloud, no chance in Hypothesis."""
+"""What every test shares: a seed, one thread, skips told aloud, no chance in Hypothesis."""
 
+import browser
 import hypothesis
 import pytest
 import torch
+from browser import (  # noqa: F401  # fixtures, found by their names
+    chromium,
+    chromium_path,
+    lab,
+    lab_page,
+    open_chapter,
+    site,
+    site_page,
+    surface,
+    touch_page,
+    visitor,
+)
 
 # derandomize: the same examples on every machine; no deadline: a busy machine is not a failure
 hypothesis.settings.register_profile("minids", derandomize=True, deadline=None, database=None)
@@ -17,10 +30,17 @@ def fixed_seed_and_one_thread():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device."""
-    if torch.cuda.is_available():
-        return
+    """Skip tests marked `gpu` where torch sees no CUDA device; those of pages are slow."""
     skip = pytest.mark.skip(reason="NOT RUN: marked gpu, and torch sees no CUDA device here")
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip)
+        if {"site", "chromium_path"} & set(getattr(item, "fixturenames", [])):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """End a run that opened no page for want of a browser with a line that cannot be missed."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if n := sum(browser.MISSING in str(report.longrepr) for report in skipped):
+        terminalreporter.write_line(f"{n} tests of pages {browser.MISSING}", red=True, bold=True)

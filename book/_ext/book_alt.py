@@ -1,4 +1,4 @@
-"""An image without a text for those who do not see it fails the build, and says where and what to do."""
+"""An image without alt text fails the build, which says where it is and what to do."""
 
 from html.parser import HTMLParser
 

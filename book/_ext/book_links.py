@@ -34,7 +34,7 @@ def on_the_web(path: str, repository: str, branch: str) -> str:
 
 
 class LinksToRepository(SphinxTransform):
-    """Turn links to what is no page into links to the repository, before Sphinx copies the files."""
+    """Turn links to what is no page into links to the repository, before Sphinx copies files."""
 
     default_priority = 100
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
-# the script, its fonts, and what it loads on demand: rarer TeX commands, its menu, formulas in words
+# the script, its fonts, what it loads on demand: rarer TeX commands, its menu, formulas in words
 PARTS = [
     "tex-chtml.js", "output/chtml/fonts", "input/tex/extensions", "ui", "a11y",
     "sre/mathmaps/base.json", "sre/mathmaps/en.json",
