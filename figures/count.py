@@ -1,15 +1,29 @@
-"""Where 671 billion parameters are, which a token uses, and what it leaves in the cache.
+"""Where 671 billion parameters are, which a token uses, what it costs and leaves in the cache.
 
-Data    minids.count on the preset `v3` and on its MHA, GQA and MQA twins; nothing is typed in.
+Data    minids.count on presets and on V3's MHA, GQA and MQA twins. Typed in: the figures that were
+        published (PUBLISHED, with their sources) and the ranges of sliders.
 Seen in README.md, book/01_count.ipynb
 """
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import NamedTuple
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from figures import style
-from minids.config import Config, preset
-from minids.count import Counts, count, short
+from minids.config import _CHOICES, _MAY_BE_ZERO, Config, preset
+from minids.count import (
+    MEASURED_TFLOPS,
+    REPORTED_TOKENS,
+    TRAINING_BYTES,
+    Counts,
+    count,
+    short,
+)
+from minids.learn.widget import Explorable, explore
 
 ALT = (
     "Two bar charts of DeepSeek-V3. Left: routed experts hold 97 % of 671 billion parameters, of "
@@ -24,6 +38,28 @@ GROUPS = {
     "embedding, head": ("embedding", "output head"),
     "gates, norms": ("gate matrices", "gate biases", "norms"),
 }
+PAPER = dict(fc="white", ec="none", alpha=0.75, boxstyle="round")  # below text on colours
+HATCHES = ("", "//", "..", "xx", "--", "++")  # colours are not the only difference
+# active parameters as published, in billions, and where
+PUBLISHED = {
+    "v3": {"37": "report, abstract", "36.7": "README_WEIGHTS, GitHub",
+           "36.6": "the same, Hugging Face"},
+    "v2": {"21": "report, abstract"},
+    "v2_lite": {"2.4": "V2 report, appendix B"},
+}  # fmt: skip
+# the fields of Config that decide a count, or whether there is one to be had
+COUNTED = {
+    "vocab_size", "dim", "n_layers", "n_dense_layers", "inter_dim", "moe_inter_dim", "n_heads",
+    "attn", "n_kv_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+    "v_head_dim", "n_routed_experts", "n_shared_experts", "n_activated_experts",
+    "n_expert_groups", "n_limited_groups", "score_func", "mtp_depth",
+}  # fmt: skip
+SIZER = (
+    "Model sizer: number fields and sliders for every field of the config that decides a count. "
+    "Two maps of rectangles show where the parameters are and which of them one token uses; below "
+    "stand the exact counts, the cache, FLOPs, GPU-hours and money."
+)
+SIZER_PRESETS = ("v3", "v2", "v2_lite", "small", "nano")
 
 
 def grouped(counts: Counts, cfg: Config) -> dict[str, tuple[int, int]]:
@@ -88,6 +124,142 @@ def _draw_cache(ax: Axes, cfg: Config) -> None:
     ax.invert_yaxis()
     ax.set(xscale="log", xlim=(1e4, 1e8), xlabel="bytes cached a token, BF16")
     ax.set_title("what a token leaves behind")
+
+
+class Box(NamedTuple):
+    """A rectangle of a treemap."""
+
+    name: str
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+def cut(values: Mapping[str, float], x: float, y: float, width: float, height: float) -> list[Box]:
+    """Cut a rectangle into areas as the values are: the largest first, off the longer side."""
+    left, boxes = sum(values.values()), list[Box]()
+    for name, n in sorted(values.items(), key=lambda item: -item[1]):
+        if width >= height:
+            boxes.append(Box(name, x, y, width * n / left, height))
+            x, width = x + boxes[-1].width, width - boxes[-1].width
+        else:
+            boxes.append(Box(name, x, y, width, height * n / left))
+            y, height = y + boxes[-1].height, height - boxes[-1].height
+        left = left - n or 1  # nothing is left to cut behind the last
+    return boxes
+
+
+def draw_treemap() -> Figure:
+    """Draw V3's parameters as areas: all that are stored, and those that one token uses."""
+    cfg = preset("v3")
+    counts = count(cfg)
+    groups = grouped(counts, cfg)
+    with style.context():
+        fig = Figure(figsize=(9, 4.2), layout="constrained")
+        left, right = fig.subplots(1, 2)
+        stored = {name: everything for name, (everything, _) in groups.items()}
+        _draw_map(left, stored, cfg.n_activated_experts / cfg.n_routed_experts)
+        left.set_title(f"stored: {short(counts.total)}")
+        _draw_map(right, {name: used for name, (_, used) in groups.items()}, 1)
+        right.set_title(f"one token uses: {short(counts.active['with head'])}")
+        handles = [
+            Rectangle((0, 0), 1, 1, fc=colour, ec=style.INK, hatch=hatch, label=name)
+            for name, colour, hatch in zip(groups, style.COLOURS, HATCHES, strict=True)
+        ]
+        fig.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8)
+    return fig
+
+
+def _draw_map(ax: Axes, values: Mapping[str, int], share: float) -> None:
+    """Draw one treemap; `share` of the routed experts is drawn stronger, at their foot."""
+    looks = dict(zip(values, zip(style.COLOURS, HATCHES, strict=True), strict=True))
+    for box in cut(values, 0, 0, 1.2, 1):
+        colour, hatch = looks[box.name]
+        strong = box.height * (share if box.name == "routed experts" else 1)
+        edge = dict(ec=style.INK, lw=0.6)
+        ax.add_patch(Rectangle((box.x, box.y), box.width, box.height, fc=colour, alpha=0.3, **edge))
+        ax.add_patch(
+            Rectangle((box.x, box.y), box.width, strong, fc=colour, alpha=0.7, hatch=hatch, **edge)
+        )
+        if box.width > 0.3 and box.height > 0.2:
+            text = f"{box.name}\n{short(values[box.name])}"
+            text += f"\nused: {share:.1%}" if share < 1 else ""
+            at = (box.x + box.width / 2, box.y + box.height * 0.6)
+            ax.text(*at, text, ha="center", va="center", color="black", size=9, bbox=PAPER)
+    ax.set(xlim=(0, 1.2), ylim=(0, 1), aspect="equal")
+    ax.axis("off")
+
+
+def rounds_to(figure: str) -> tuple[float, float]:
+    """Return the interval of numbers that a figure as published, such as "36.7", can stand for."""
+    half = 0.5 * 10 ** -len(figure.partition(".")[2])
+    return float(figure) - half, float(figure) + half
+
+
+def draw_active() -> Figure:
+    """Draw active parameters under three conventions beside what was published, by model."""
+    with style.context():
+        fig = Figure(figsize=(9, 4), layout="constrained")
+        axes = fig.subplots(3, 1, height_ratios=[len(row) + 1 for row in PUBLISHED.values()])
+        for ax, (name, figures) in zip(axes, PUBLISHED.items(), strict=True):
+            for row, figure in enumerate(figures):
+                low, high = rounds_to(figure)
+                ax.barh(row, high - low, left=low, height=0.5, color=style.COLOURS[5], alpha=0.5)
+            counted = count(preset(name)).active.items()
+            for (convention, n), colour, mark in zip(counted, style.COLOURS, "os^", strict=False):
+                ax.axvline(n / 1e9, color=colour, lw=1)
+                ax.plot(n / 1e9, -0.8, mark, clip_on=False, color=colour, label=convention)
+            ax.set_yticks(range(len(figures)), [f"{n}: {text}" for n, text in figures.items()])
+            ax.set(ylim=(-0.8, len(figures) - 0.3), title=name)
+            ax.margins(x=0.12)
+        axes[-1].set_xlabel("active parameters, billions; bars: all that rounds to the figure")
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return fig
+
+
+def draw_flops() -> Figure:
+    """Draw what training on one token costs as its context grows: matrices, then attention."""
+    lengths = [2**power for power in range(9, 18)]
+    with style.context():
+        fig = Figure(figsize=(7.5, 3.2), layout="constrained")
+        ax = fig.subplots()
+        costs = [count(preset("v3"), n).flops_training / 1e9 for n in lengths]
+        matrices = 6 * count(preset("v3")).active["with head"] / 1e9
+        ax.fill_between(
+            lengths, matrices, color=style.COLOURS[0], alpha=0.4, label="matrices (6ND)"
+        )
+        ax.fill_between(lengths, matrices, costs, color=style.COLOURS[1], alpha=0.4, hatch="//",
+                        ec=style.COLOURS[1], lw=0, label="attention")  # fmt: skip
+        for n in (4096, 32_768, 131_072):
+            cost = count(preset("v3"), n).flops_training / 1e9
+            text = f"{n // 1024}K: {cost:,.0f}, attention {1 - matrices / cost:.0%}"
+            ax.plot(n, cost, "o", color=style.INK)
+            ax.annotate(text, (n, cost), (-6, 8), textcoords="offset points", ha="right", size=8)
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="context, tokens", ylabel="GFLOP a token, training", xlim=(512, 2**17))
+        ax.set_xticks(lengths, [f"{n / 1024:g}K" for n in lengths])
+        ax.legend(loc="upper left", fontsize=8)
+    return fig
+
+
+def widget() -> Explorable:
+    """Return the model sizer: figures/count.js over the presets and the rules of Config."""
+    deciding = [name for name in asdict(preset("v3")) if name in COUNTED]
+    presets = {name: asdict(preset(name)) for name in SIZER_PRESETS}
+    data = {
+        "config": [{"name": name, "least": 0 if name in _MAY_BE_ZERO else 1} for name in deciding],
+        "choices": {name: known for name, known in _CHOICES.items() if name in COUNTED},
+        "presets": {
+            name: {field: values[field] for field in deciding}
+            | {"seq_len": values["original_seq_len"]}
+            for name, values in presets.items()
+        },
+        "parts": list(GROUPS.items()),
+        "training": {"tokens": REPORTED_TOKENS / 1e12, "tflops": MEASURED_TFLOPS},
+        "bytes_to_train": sum(TRAINING_BYTES["fp8"]),
+    }
+    return explore("count", data, alt=SIZER)
 
 
 if __name__ == "__main__":
