@@ -124,9 +124,16 @@ const ui = (() => {
     change();
   }
 
+  // two digits; a tie goes to the even one, as in Python, so that both write 68.62 KiB
+  function fixed(x) {
+    const cents = x * 100;
+    const tie = cents % 1 === 0.5;
+    return (tie ? Math.floor(cents / 2 + 0.5) / 50 : x).toFixed(2);
+  }
+
   function short(n) {
     for (const [size, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "K"]]) {
-      if (Math.abs(n) >= size) return `${(n / size).toFixed(2)} ${letter}`;
+      if (Math.abs(n) >= size) return `${fixed(n / size)} ${letter}`;
     }
     return String(Number(n.toPrecision(4)));
   }
@@ -135,7 +142,7 @@ const ui = (() => {
 
   function bytes(n) {
     for (const [power, unit] of [[40, "TiB"], [30, "GiB"], [20, "MiB"], [10, "KiB"]]) {
-      if (n >= 2 ** power) return `${(n / 2 ** power).toFixed(2)} ${unit}`;
+      if (n >= 2 ** power) return `${fixed(n / 2 ** power)} ${unit}`;
     }
     return `${n} B`;
   }

@@ -104,7 +104,7 @@ NUMBERS = [7, 1536, 70_272, 671_026_419_200, 14.8e12, 0.25]
 
 
 @pytest.fixture
-def shown(monkeypatch, tmp_path, browser_page):
+def shown(monkeypatch, tmp_path, visitor):
     """The toolkit's controls on a page of their own, opened twice in it as JupyterLab may do."""
     real = widget._figures_file
     monkeypatch.setattr(
@@ -113,8 +113,7 @@ def shown(monkeypatch, tmp_path, browser_page):
     page_file = tmp_path / "page.html"
     body = explore("planted", {"numbers": NUMBERS}, ALT)._repr_html_()
     page_file.write_text(f'<!doctype html><meta charset="utf-8"><body>{body}{body}</body>')
-    browser_page.goto(page_file.as_uri())
-    return browser_page
+    return visitor.open(page_file.as_uri())
 
 
 def control(page, name):
