@@ -39,6 +39,7 @@ repository_url = _project["urls"]["Repository"]
 repository_branch = "main"
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_dmath_double_inline = True  # $$...$$ within a line is set on its own, as in JupyterLab
 myst_heading_anchors = 3
 
 nb_execution_mode = "off"

@@ -325,7 +325,8 @@ def lab_page(lab: Lab, visitor: Visitor) -> Iterator[Callable[..., Page]]:
     def open_notebook(name: str, **options: Any) -> Page:
         address = f"{lab.url}/lab/tree/{name}?reset&token={lab.token}"
         page = visitor.open(address, **options)
-        page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
+        n_cells = len(json.loads((lab.folder / name).read_text(encoding="utf-8"))["cells"])
+        page.wait_for_function(READ, arg=n_cells)
         return page
 
     yield open_notebook
@@ -391,6 +392,8 @@ def swipe(slider: Locator, to: float) -> None:
     session.detach()
 
 
+READ = """n => !document.querySelector('.jp-NotebookPanel .jp-Spinner')
+    && document.querySelectorAll('.jp-Notebook .jp-Cell:not(.jp-mod-noInput)').length >= n"""
 STARTED = r"""() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
     .some(prompt => /\[(\*|\d+)\]/.test(prompt.innerText))"""
 FINISHED = r"""() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]

@@ -6,6 +6,7 @@ from pybtex.database import Entry
 from pybtex.plugin import register_plugin
 from pybtex.style.formatting.unsrt import Style as Unsorted
 from pybtex.style.labels import BaseLabelStyle
+from pybtex.style.template import field, sentence
 from sphinx.application import Sphinx
 
 
@@ -20,6 +21,11 @@ class Style(Unsorted):
     """Entries as in LaTeX's plain style, sorted and labelled by key."""
 
     default_label_style = KeyLabels
+
+    def format_title(self, e: Entry, which_field: str, as_sentence: bool = True) -> object:
+        """Keep a title's capitals, which pybtex would take away."""
+        title = field(which_field)
+        return sentence[title] if as_sentence else title
 
     def sort(self, entries: list[Entry]) -> list[Entry]:
         return sorted(entries, key=lambda entry: entry.key)
