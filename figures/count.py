@@ -6,7 +6,7 @@ Seen in README.md, book/01_count.ipynb
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -15,14 +15,7 @@ from matplotlib.patches import Rectangle
 
 from figures import style
 from minids.config import _CHOICES, _MAY_BE_ZERO, Config, preset
-from minids.count import (
-    MEASURED_TFLOPS,
-    REPORTED_TOKENS,
-    TRAINING_BYTES,
-    Counts,
-    count,
-    short,
-)
+from minids.count import MEASURED_TFLOPS, REPORTED_TOKENS, TRAINING_BYTES, Counts, count, short
 from minids.learn.widget import Explorable, explore
 
 ALT = (
@@ -42,24 +35,15 @@ PAPER = dict(fc="white", ec="none", alpha=0.75, boxstyle="round")  # below text 
 HATCHES = ("", "//", "..", "xx", "--", "++")  # colours are not the only difference
 # active parameters as published, in billions, and where
 PUBLISHED = {
-    "v3": {"37": "report, abstract", "36.7": "README_WEIGHTS, GitHub",
-           "36.6": "the same, Hugging Face"},
-    "v2": {"21": "report, abstract"},
+    "v3": {"37": "report, abstract", "36.7": "README_WEIGHTS", "36.6": "its Hugging Face copy"},
+    "v2": {"21": "V2 report, 3.1.2"},
     "v2_lite": {"2.4": "V2 report, appendix B"},
-}  # fmt: skip
-# the fields of Config that decide a count, or whether there is one to be had
-COUNTED = {
-    "vocab_size", "dim", "n_layers", "n_dense_layers", "inter_dim", "moe_inter_dim", "n_heads",
-    "attn", "n_kv_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-    "v_head_dim", "n_routed_experts", "n_shared_experts", "n_activated_experts",
-    "n_expert_groups", "n_limited_groups", "score_func", "mtp_depth",
 }  # fmt: skip
 SIZER = (
     "Model sizer: number fields and sliders for every field of the config that decides a count. "
     "Two maps of rectangles show where the parameters are and which of them one token uses; below "
     "stand the exact counts, the cache, FLOPs, GPU-hours and money."
 )
-SIZER_PRESETS = ("v3", "v2", "v2_lite", "small", "nano")
 
 
 def grouped(counts: Counts, cfg: Config) -> dict[str, tuple[int, int]]:
@@ -156,7 +140,7 @@ def draw_treemap() -> Figure:
     counts = count(cfg)
     groups = grouped(counts, cfg)
     with style.context():
-        fig = Figure(figsize=(9, 4.2), layout="constrained")
+        fig = Figure(figsize=(9, 4.4), layout="constrained")
         left, right = fig.subplots(1, 2)
         stored = {name: everything for name, (everything, _) in groups.items()}
         _draw_map(left, stored, cfg.n_activated_experts / cfg.n_routed_experts)
@@ -182,12 +166,12 @@ def _draw_map(ax: Axes, values: Mapping[str, int], share: float) -> None:
         ax.add_patch(
             Rectangle((box.x, box.y), box.width, strong, fc=colour, alpha=0.7, hatch=hatch, **edge)
         )
-        if box.width > 0.3 and box.height > 0.2:
+        if box.width > 0.24 and box.height > 0.15:
             text = f"{box.name}\n{short(values[box.name])}"
             text += f"\nused: {share:.1%}" if share < 1 else ""
-            at = (box.x + box.width / 2, box.y + box.height * 0.6)
+            at = box.x + box.width / 2, box.y + box.height / 2
             ax.text(*at, text, ha="center", va="center", color="black", size=9, bbox=PAPER)
-    ax.set(xlim=(0, 1.2), ylim=(0, 1), aspect="equal")
+    ax.set(xlim=(0, 1.2), ylim=(0, 1))
     ax.axis("off")
 
 
@@ -226,9 +210,7 @@ def draw_flops() -> Figure:
         ax = fig.subplots()
         costs = [count(preset("v3"), n).flops_training / 1e9 for n in lengths]
         matrices = 6 * count(preset("v3")).active["with head"] / 1e9
-        ax.fill_between(
-            lengths, matrices, color=style.COLOURS[0], alpha=0.4, label="matrices (6ND)"
-        )
+        ax.fill_between(lengths, matrices, color=style.COLOURS[0], alpha=0.4, label="matrices, 6ND")
         ax.fill_between(lengths, matrices, costs, color=style.COLOURS[1], alpha=0.4, hatch="//",
                         ec=style.COLOURS[1], lw=0, label="attention")  # fmt: skip
         for n in (4096, 32_768, 131_072):
@@ -245,15 +227,17 @@ def draw_flops() -> Figure:
 
 def widget() -> Explorable:
     """Return the model sizer: figures/count.js over the presets and the rules of Config."""
-    deciding = [name for name in asdict(preset("v3")) if name in COUNTED]
-    presets = {name: asdict(preset(name)) for name in SIZER_PRESETS}
+    # what decides a count, or whether there is one to be had
+    words, lengths = ("attn", "score_func"), ("original_seq_len", "max_seq_len")
+    whole = [field.name for field in fields(Config) if field.type is int or field.name in words]
+    deciding = [name for name in whole if name not in lengths]
+    presets = {name: asdict(preset(name)) for name in ("v3", "v2", "v2_lite", "small", "nano")}
     data = {
         "config": [{"name": name, "least": 0 if name in _MAY_BE_ZERO else 1} for name in deciding],
-        "choices": {name: known for name, known in _CHOICES.items() if name in COUNTED},
+        "choices": {name: _CHOICES[name] for name in words},
         "presets": {
-            name: {field: values[field] for field in deciding}
-            | {"seq_len": values["original_seq_len"]}
-            for name, values in presets.items()
+            name: {field: cfg[field] for field in deciding} | {"seq_len": cfg["original_seq_len"]}
+            for name, cfg in presets.items()
         },
         "parts": list(GROUPS.items()),
         "training": {"tokens": REPORTED_TOKENS / 1e12, "tflops": MEASURED_TFLOPS},
