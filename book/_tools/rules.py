@@ -74,6 +74,11 @@ def tags(cell: dict[str, Any]) -> list[str]:
     return cell["metadata"].get("tags", [])
 
 
+def parsed(cell: dict[str, Any]) -> list[ast.stmt]:
+    """Return the statements of a code cell, IPython's own lines left out."""
+    return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source(cell), flags=re.M)).body
+
+
 def without_code(text: str) -> str:
     """Return markdown without fenced and inline code."""
     text = re.sub(r"^(`{3,}|~{3,}).*?^\1\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -161,10 +166,8 @@ def shows_something_in_every_cell(chapter: Chapter) -> Iterator[str]:
     for number, cell in enumerate(chapter.cells):
         if cell["cell_type"] != "code" or cell["outputs"] or number == 1:
             continue
-        body = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source(cell), flags=re.M)).body
-        if not body or not isinstance(
-            body[-1], ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
-        ):
+        defines = ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
+        if not isinstance([None, *parsed(cell)][-1], defines):
             yield f"cell {number + 1} shows nothing:\n{source(cell)}"
 
 
@@ -232,7 +235,8 @@ def dollars_are_mathematics(chapter: Chapter) -> Iterator[str]:
             yield f"a $ without its twin; money is written \\$: {paragraph[:80]}"
         for formula in re.findall(r"\$([^$]+)\$", inline):
             letters = re.sub(r"\\(text|mathrm|operatorname)\{[^}]*\}|\\[a-zA-Z]+", "", formula)
-            if re.search(r"[a-z]{3,},? [a-z]{2,}", letters):
+            money = re.search(r"^\d[\d.,]*\s?[A-Za-z]*[,;.]?\s+[a-z]{2,}\b", formula)
+            if money or re.search(r"[a-z]{3,},? [a-z]{2,}", letters):
                 yield f"words between two $: {formula[:80]}"
 
 
@@ -272,7 +276,8 @@ def outputs_are_compared(chapter: Chapter) -> Iterator[str]:
     if len(ignored) > MAX_IGNORED * len(chapter.code):
         yield f"{len(ignored)} of {len(chapter.code)} code cells are tagged {IGNORED}"
     for cell in ignored:
-        if not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(source(cell)))):
+        nodes = [node for line in parsed(cell) for node in ast.walk(line)]
+        if not any(isinstance(node, ast.Assert) for node in nodes):
             yield f"a cell tagged {IGNORED} must assert what matters:\n{source(cell)}"
     for cell in chapter.code:
         if not cell["execution_count"]:
