@@ -259,7 +259,7 @@ EXERCISES = (
         solution=(
             "from einops import rearrange\n\n\n"
             "def expand(c, w_ukv, n_heads, nope):\n"
-            '    # heads first: each head's rows lie together, key before value\n'
+            "    # heads first: a head's rows lie together, key before value\n"
             '    kv = rearrange(c @ w_ukv.T, "t (h d) -> t h d", h=n_heads)\n'
             "    return kv[..., :nope], kv[..., nope:]\n"
         ),

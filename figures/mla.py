@@ -1,0 +1,202 @@
+"""From 128 heads to 576 numbers: the two paths, how low the rank may be, and what training says.
+
+Data    minids.config and minids.count; the log of minids.learn.experiments.mla.
+Seen in book/04_mla.ipynb
+"""
+
+from collections.abc import Mapping
+from math import gcd
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from figures import style
+from minids.config import Config, preset
+from minids.learn import explore, log
+from minids.learn.experiments.mla import against_mla, interval
+from minids.learn.widget import Explorable
+
+ALT = (
+    "Two diagrams of one layer of DeepSeek-V3, every width to scale. MHA makes queries, keys and "
+    "values of 128 heads from a token's state and caches keys and values, 32,768 numbers. MLA "
+    "first makes a latent of 512 and one rotary key of 64, caches these 576, and makes keys and "
+    "values of 128 heads from them."
+)
+ALT_WIDGET = (
+    "The dimension lab: sliders for heads and widths change what MLA, MHA, GQA and MQA cache and "
+    "weigh and the two paths drawn to scale; a slider for the rank changes heat-maps of keys and "
+    "values made from so few numbers."
+)
+LABELS = {"v3": "DeepSeek-V3", "v2": "DeepSeek-V2", "v2_lite": "V2-Lite", "small": "small",
+          "nano": "nano", "toy": "toy"}  # fmt: skip
+_FIELDS = ("dim", "n_layers", "n_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+           "qk_rope_head_dim", "v_head_dim")  # fmt: skip
+_X = {"left": 0.0, "middle": 1.0, "right": 2.1}
+_Y = {"q": 3.0, "k": 1.7, "r": 1.1, "v": 0.1}
+_TALLEST = 0.62  # of a box, on the axes
+
+
+def draw(cfg: Config | None = None) -> Figure:
+    """Draw how MHA and MLA of one shape (`v3`) come from a token's state to q, k and v."""
+    cfg = preset("v3") if cfg is None else cfg
+    widest = max(cfg.dim, cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim),
+                 cfg.n_heads * cfg.v_head_dim)  # fmt: skip
+    with style.context():
+        fig = Figure(figsize=(9, 3.6), layout="constrained")
+        for ax, kind in zip(fig.subplots(1, 2), ("mha", "mla"), strict=True):
+            _draw_path(ax, preset_as(cfg, kind), _TALLEST / widest)
+    return fig
+
+
+def preset_as(cfg: Config, attn: str) -> Config:
+    """Return a config with another attention, all widths kept."""
+    return Config(**{**vars(cfg), "attn": attn})
+
+
+def _boxes(cfg: Config) -> list[tuple[str, str, int, str, bool]]:
+    """List the boxes of a path: column, row, numbers, label, whether it is cached."""
+    h, n, r, v = cfg.n_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+    mla, state = cfg.attn == "mla", ("left", "k", cfg.dim, f"h  {cfg.dim:,}", False)
+    key = f"k  {h} × {n}" + (f" + {r}" if mla else "")  # the rotary key is one for all heads
+    made = [
+        ("right", "q", h * cfg.qk_head_dim, f"q  {h} × {cfg.qk_head_dim}", False),
+        ("right", "k", h * n + mla * r, key, not mla),
+        ("right", "v", h * v, f"v  {h} × {v}", not mla),
+    ]
+    if not mla:
+        return [state, *made]
+    latents = [
+        ("middle", "k", cfg.kv_lora_rank, f"c$^{{KV}}$  {cfg.kv_lora_rank}", True),
+        ("middle", "r", r, f"k$^R$  {r}", True),
+    ]
+    if cfg.q_lora_rank:
+        latents.append(("middle", "q", cfg.q_lora_rank, f"c$^Q$  {cfg.q_lora_rank:,}", False))
+    return [state, *latents, *made]
+
+
+def _links(cfg: Config) -> list[tuple[tuple[str, str], tuple[str, str], str]]:
+    """List the arrows of a path with the matrix on each."""
+    state, q, k, v = ("left", "k"), ("right", "q"), ("right", "k"), ("right", "v")
+    if cfg.attn != "mla":
+        return [(state, q, "$W^Q$"), (state, k, "$W^K$"), (state, v, "$W^V$")]
+    c, r, c_q = ("middle", "k"), ("middle", "r"), ("middle", "q")
+    queries = [(state, c_q, "$W^{DQ}$"), (c_q, q, "$W^{UQ}, W^{QR}$")]
+    return [
+        *(queries if cfg.q_lora_rank else [(state, q, "$W^Q$")]),
+        (state, c, "$W^{DKV}$"), (state, r, "$W^{KR}$"),
+        (c, k, "$W^{UK}$"), (r, k, ""), (c, v, "$W^{UV}$"),
+    ]  # fmt: skip
+
+
+def _draw_path(ax: Axes, cfg: Config, scale: float) -> None:
+    for (x, y), (to_x, to_y), name in _links(cfg):
+        ends = (_X[x] + 0.08, _X[to_x] - 0.08), (_Y[y], _Y[to_y])
+        ax.plot(*ends, color=style.INK, linewidth=0.8)
+        middle, climb = (sum(ends[0]) / 2, sum(ends[1]) / 2), _Y[to_y] - _Y[y]
+        side = "center" if not climb else "right"  # beside a slope, above a level line
+        ax.annotate(name, middle, ha=side, va="top" if climb < 0 else "bottom", size=8)
+    for x, y, numbers, label, cached in _boxes(cfg):
+        tall = max(0.015, numbers * scale)  # never thinner than a line
+        corner = (_X[x] - 0.045, _Y[y] - tall / 2)
+        ax.add_patch(Rectangle(corner, 0.09, tall, color=style.COLOURS[1 if cached else 0]))
+        if cached:
+            frame = (corner[0] - 0.03, corner[1] - 0.06)
+            ax.add_patch(Rectangle(frame, 0.15, tall + 0.12, fill=False, linestyle="--",
+                                   edgecolor=style.COLOURS[1]))  # fmt: skip
+        below = y == "r"  # the latent's own label is above
+        at = _Y[y] + (-1 if below else 1) * (tall / 2 + 0.1)
+        edge, side = (0.05, "right") if x == "left" else (-0.07, "left")
+        vertical = "top" if below else "bottom"
+        ax.annotate(label, (_X[x] + edge, at), size=9, ha=side, va=vertical)
+    ax.set_title(f"{cfg.attn.upper()}: {cfg.cache_dim:,} numbers cached (framed)")
+    ax.set(xlim=(-0.35, 2.75), ylim=(-0.5, 3.8))
+    ax.axis("off")
+
+
+def draw_ranks(low: Mapping[str, Any], rank: int = 8) -> Figure:
+    """Draw keys and values of a trained MHA layer, made from `rank` numbers, and what is missed."""
+    sample = torch.tensor(low["sample"])
+    u, s, v = torch.linalg.svd(sample, full_matrices=False)
+    close = u[:, :rank] * s[:rank] @ v[:rank]
+    pictures = {"all heads' keys, then values": sample, f"made from {rank} numbers a token": close,
+                "what is missing": sample - close}  # fmt: skip
+    with style.context():
+        fig = Figure(figsize=(9, 3.8), layout="constrained")
+        left, right = fig.subfigures(1, 2, width_ratios=(1, 1.1))
+        top = float(sample.abs().max())
+        for ax, (title, matrix) in zip(left.subplots(3, 1), pictures.items(), strict=True):
+            ax.imshow(matrix, cmap="PuOr", vmin=-top, vmax=top, aspect="auto")
+            ax.set(xticks=[], yticks=[], ylabel="tokens")
+            ax.set_title(title, size=9)
+            ax.grid(False)
+        _draw_left_over(right.subplots(), low)
+    return fig
+
+
+def _draw_left_over(ax: Axes, low: Mapping[str, Any]) -> None:
+    lines = {"untrained": ("untrained", ":"), "turned": ("trained, keys rotated", "--"),
+             "plain": ("trained, before rotation", "-")}  # fmt: skip
+    for name, (label, dashes) in lines.items():
+        shares = [max(share, 1e-5) for share in low[name]]
+        ax.plot(range(1, len(shares) + 1), shares, dashes, label=label)
+    ax.set(yscale="log", ylim=(1e-4, 1.2), xlim=(0, len(low["turned"])),
+           xlabel="numbers kept a token (rank C)", ylabel="share of squares missed")  # fmt: skip
+    ax.legend(fontsize=8)
+
+
+def draw_race(results: Mapping[str, Any]) -> Figure:
+    """Draw held-out loss against cached numbers, and each arm's difference to MLA by seed."""
+    arms = results["arms"]
+    with style.context():
+        fig = Figure(figsize=(9, 3.4), layout="constrained")
+        left, right = fig.subplots(1, 2)
+        for name, arm in arms.items():
+            mean, half = interval([run["nats"] for run in arm["runs"]])
+            marker = {"mla": "*", "mha": "s", "gqa": "o", "mqa": "^"}[arm["attn"]]
+            same = "same cache" in name
+            colour = style.COLOURS[1 if name == "MLA" else 0 if same else 2]
+            left.errorbar(arm["cached"], mean, half, color=colour, marker=marker,
+                          fillstyle="none" if "heads" in name else "full", capsize=3)  # fmt: skip
+            side = 6 if not same else -6
+            left.annotate(name.replace(", ", ",\n"), (arm["cached"], mean), (side, 0), size=7,
+                          textcoords="offset points", va="center",
+                          ha="left" if side > 0 else "right")  # fmt: skip
+        left.set(xscale="log", xlim=(20, 600), xlabel="numbers cached a token and layer",
+                 ylabel="held-out nats a character")  # fmt: skip
+        rows = list(against_mla(arms))
+        for row, (name, (mean, half)) in enumerate(rows):
+            colour = style.COLOURS[0 if "same cache" in name else 2]
+            right.errorbar(mean, row, xerr=half, marker="o", color=colour, capsize=3)
+        right.axvline(0, color=style.INK, linewidth=0.8)
+        right.set_yticks(range(len(rows)), [name for name, _ in rows])
+        right.invert_yaxis()
+        right.set(xlabel="nats a character above MLA (right: MLA is better)")
+    return fig
+
+
+def lab_data() -> dict[str, Any]:
+    """Return what the dimension lab starts from: presets, and a trained layer's keys and values."""
+    presets: dict[str, dict[str, Any]] = {}
+    for name, label in LABELS.items():
+        cfg = preset(name)
+        groups = gcd(cfg.n_heads, 8) if cfg.n_heads > 8 else max(1, cfg.n_heads // 2)
+        presets[name] = {field: getattr(cfg, field) for field in _FIELDS}
+        presets[name] |= {"label": label, "n_kv_heads": groups}
+    results = log.read("mla")["results"]
+    arm, sample = results["arms"]["MHA, same heads"], results["ranks"]["sample"]
+    u, s, v = torch.linalg.svd(torch.tensor(sample, dtype=torch.float64), full_matrices=False)
+
+    def rounded(matrix: torch.Tensor) -> list[Any]:
+        return [[round(x, 4) for x in row] for row in matrix.tolist()]
+
+    rank = dict(u=rounded(u), s=[round(x, 4) for x in s.tolist()], v=rounded(v),
+                heads=arm["n_heads"], width=arm["width"])  # fmt: skip
+    return dict(presets=presets, order=list(LABELS), rank=rank)
+
+
+def widget() -> Explorable:
+    """Return the dimension lab."""
+    return explore("mla", lab_data(), alt=ALT_WIDGET)
