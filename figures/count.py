@@ -32,7 +32,7 @@ GROUPS = {
     "gates, norms": ("gate matrices", "gate biases", "norms"),
 }
 PAPER = dict(fc="white", ec="none", alpha=0.75, boxstyle="round")  # below text on colours
-HATCHES = ("", "//", "..", "xx", "--", "++")  # colours are not the only difference
+HATCHES = ("", "/", "\\", "x", "-", "|")  # colours are not the only difference
 # active parameters as published, in billions, and where
 PUBLISHED = {
     "v3": {"37": "report, abstract", "36.7": "README_WEIGHTS", "36.6": "its Hugging Face copy"},
