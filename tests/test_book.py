@@ -229,7 +229,7 @@ PLANTED = [
     (rules.ends_with_the_same_sections, replace("## Exercises", "## More")),
     (rules.ends_with_the_same_sections, replace("[seen](https://example.org/a_b)", "")),
     (rules.poses_exercises, replace("moe.2", "moe.9")),
-    (rules.poses_exercises, drop("### Exercise moe.5")),
+    (rules.poses_enough_exercises, drop("### Exercise moe.5")),
     (rules.poses_exercises, drop('x = ...\n\ncheck("moe.3"')),
     (rules.poses_exercises, replace('check("moe.3", x)', 'check("moe.3", x)\nprint(1)')),
     (rules.is_plain_commonmark, put(4, markdown("```{note}\na\n```"))),
