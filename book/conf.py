@@ -55,6 +55,7 @@ html_theme = "sphinx_book_theme"
 html_title = "minids: DeepSeek-V3 from nothing"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
+html_js_files = ["file.js"]
 html_copy_source = True  # the download button's notebook
 html_show_sourcelink = False
 html_theme_options = {

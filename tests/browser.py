@@ -90,11 +90,12 @@ def install() -> str:
 
 @dataclass
 class Site:
-    """The built book: its folder, its address, what Sphinx warned of while building it."""
+    """The built book: its folder, its address, what Sphinx warned of and how long it worked."""
 
     folder: Path
     url: str
     warnings: str
+    cpu_s: float
 
 
 @dataclass
@@ -146,7 +147,7 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Build the book once, and serve it on this machine alone."""
-    warnings = ""
+    warnings, start = "", os.times().children_user
     if ready := os.environ.get("MINIDS_SITE"):
         folder = Path(ready)
     else:
@@ -155,10 +156,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         warnings = built.stderr
         if built.returncode:
             pytest.fail(f"the site cannot be built:\n{built.stderr[-4000:]}", pytrace=False)
+    cpu_s = os.times().children_user - start
     server = _Server(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield Site(folder, f"http://127.0.0.1:{server.server_address[1]}", warnings)
+    yield Site(folder, f"http://127.0.0.1:{server.server_address[1]}", warnings, cpu_s)
     server.shutdown()
     server.server_close()
     thread.join()
