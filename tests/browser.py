@@ -61,9 +61,10 @@ def is_root() -> bool:
 
 
 def find_chromium(places: list[str] | None = None) -> str | None:
-    """Return the program of a Chromium: CHROMIUM, on PATH, or in the usual places."""
-    wanted = [os.environ["CHROMIUM"]] if "CHROMIUM" in os.environ else NAMES
-    found = [path for name in wanted if (path := shutil.which(name))]
+    """Return the program of a Chromium: CHROMIUM if that is set, else on PATH or where usual."""
+    if "CHROMIUM" in os.environ:
+        return shutil.which(os.environ["CHROMIUM"])
+    found = [path for name in NAMES if (path := shutil.which(name))]
     found += [place for place in (PLACES if places is None else places) if Path(place).is_file()]
     return found[0] if found else None
 
@@ -76,7 +77,8 @@ def install() -> str:
     if not shutil.which("apt-get") or (sudo and not shutil.which("sudo")):
         return MISSING
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 600}
-    get = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
+    offline = ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20"]
+    get = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", *offline]
     try:
         subprocess.run([*get, "update"], check=False, **quiet)
         subprocess.run([*get, "install", "-y", "chromium"], check=False, **quiet)

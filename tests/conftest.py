@@ -39,8 +39,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """End a run that opened no page for want of a browser with a line that cannot be missed."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    if n := sum(browser.MISSING in str(report.longrepr) for report in skipped):
-        terminalreporter.write_line(f"{n} tests of pages {browser.MISSING}", red=True, bold=True)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """Let all tests that miss a browser be one line at the end of the run, with their number."""
+    report = yield
+    if report.skipped and browser.MISSING in str(report.longrepr):
+        report.longrepr = ("tests/browser.py", 1, browser.MISSING)
+    return report

@@ -566,6 +566,9 @@ def test_a_browser_is_looked_for_and_its_absence_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     assert browser.find_chromium([str(program)]) == str(program)
     assert browser.find_chromium([]) is None
+    monkeypatch.setenv("CHROMIUM", str(tmp_path / "nothing"))  # who names one means that one
+    assert browser.find_chromium([str(program)]) is None
+    monkeypatch.delenv("CHROMIUM")
     monkeypatch.setattr(browser, "PLACES", [])
     assert browser.install() == browser.MISSING
 
