@@ -202,9 +202,9 @@ function steer(router) {
 function replay(runs) {
   const part = ui.el("section", {}, ui.el("strong", {}, "Training runs, recorded"));
   root.append(part);
-  const box = ui.controls(part), frames = Object.values(runs)[0].frames;
+  const box = ui.controls(part), frames = runs[0].frames;
   const arm = ui.choice(box, { label: "balanced by", name: "arm",
-    options: Object.keys(runs).map((name) => [name, runs[name].label]) });
+    options: runs.map((run) => [run.arm, run.label]) });
   const layer = ui.choice(box, { label: "MoE layer", name: "layer", options: [["0", "1"], ["1", "2"]], value: "1" });
   const frame = ui.slider(box, { label: "step", name: "run-step", min: 0, max: frames.length - 1,
     value: 0, format: (i) => String(frames[i].step) });
@@ -213,17 +213,18 @@ function replay(runs) {
   const out = (name, label) => ui.readout(part, { name, label });
   const vio = out("run-max-vio", "MaxVio of this step, this layer"), loss = out("run-loss", "loss, nats a token");
   const final = out("run-heldout", "held-out loss at the end"), idle = out("run-idle", "experts below a tenth of the fair share");
-  const series = (name) => runs[name].frames.map((f) => maxVio(f.load[layer.current]));
+  const series = (run) => run.frames.map((f) => maxVio(f.load[layer.current]));
   ui.on([arm, layer, frame], () => {
-    const run = runs[arm.current], now = run.frames[frame.current];
-    const load = now.load[layer.current], all = run.frames.flatMap((f) => f.bias[layer.current]);
+    const run = runs.find((r) => r.arm === arm.current), now = run.frames[frame.current];
+    const load = now.load[layer.current], zeros = load.map(() => 0);
+    const bias = (f) => f.bias?.[layer.current] ?? zeros, all = run.frames.flatMap(bias);
     vio.textContent = maxVio(load).toFixed(3);
     loss.textContent = run.loss[Math.max(0, frame.current - 1)].toFixed(2);
     final.textContent = run.heldout.toFixed(3);
     idle.textContent = load.filter((n) => n < 0.1 * mean(load)).length;
     drawLoad(nodes.load, load);
-    drawBias(nodes.bias, now.bias[layer.current], Math.max(0.01, ...all.map(Math.abs)));
-    drawCurve(nodes.curve, Object.keys(runs).map((name) => ({ values: series(name), strong: name === arm.current }))
+    drawBias(nodes.bias, bias(now), Math.max(0.01, ...all.map(Math.abs)));
+    drawCurve(nodes.curve, runs.map((r) => ({ values: series(r), strong: r === run }))
       .sort((a, b) => a.strong - b.strong), frame.current / (frames.length - 1), frames.at(-1).step);
   });
 }

@@ -19,10 +19,10 @@ from minids.learn.widget import Explorable, Live, explore, live
 
 LABELS = {
     "none": "nothing",
-    "auxiliary 0.001": "auxiliary loss, α = 0.001",
-    "auxiliary 0.01": "auxiliary loss, α = 0.01",
-    "auxiliary 0.1": "auxiliary loss, α = 0.1",
-    "sequence 0.01": "sequence-wise loss, α = 0.01",
+    "auxiliary 0.001": "auxiliary, α = 0.001",
+    "auxiliary 0.01": "auxiliary, α = 0.01",
+    "auxiliary 0.1": "auxiliary, α = 0.1",
+    "sequence 0.01": "sequence, α = 0.01",
     "bias 0.001": "bias, γ = 0.001",
     "bias 0.01": "bias, γ = 0.01",
 }
@@ -42,6 +42,7 @@ SPEEDS = [0, 0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3]  # gamma, to choose fro
 STEPS, TOP_K = 400, 2
 FAVOUR = [0.4, -0.7, 1.0, -0.3, 0.7, -1.0, 0.1, -0.2]  # the taste that all tokens share
 MARKERS = "osD^v*P"
+FAMILY = {"none": 5, "auxiliary": 1, "sequence": 3, "bias": 0}  # arms of one kind share a colour
 
 
 def frontier(results: Mapping[str, Any]) -> dict[str, tuple[tuple[float, float], ...]]:
@@ -77,8 +78,9 @@ def draw() -> Figure:
         ax = fig.subplots()
         points = frontier(log.read("balance")["results"])
         for number, (arm, (vio, loss)) in enumerate(points.items()):
+            colour = style.COLOURS[FAMILY[arm.split()[0]]]
             ax.errorbar(vio[0], loss[0], xerr=vio[1], yerr=loss[1], marker=MARKERS[number], ms=7,
-                        color=style.COLOURS[number % 6], capsize=3, label=LABELS[arm])  # fmt: skip
+                        color=colour, capsize=3, label=LABELS[arm])  # fmt: skip
         ax.axhline(0, color=style.INK, lw=1, ls="--")
         ax.set(xlabel="MaxVio on held-out text, mean of layers (0 is balance)", xlim=(0, None))
         ax.set_ylabel("held-out loss minus that of nothing,\nnats a token (below 0 is better)")
@@ -114,13 +116,14 @@ def _draw_shares(ax: Axes, domain_load: Mapping[str, Sequence[Sequence[int]]]) -
 
 
 def draw_curves(curves: Mapping[str, Sequence[float]], ylabel: str = "MaxVio") -> Figure:
-    """Draw values over steps, a line a name."""
+    """Draw values over steps, a line a name; long curves by about a hundred of their points."""
     with style.context():
         fig = Figure(figsize=(7.5, 3), layout="constrained")
         ax = fig.subplots()
         for number, (name, values) in enumerate(curves.items()):
-            ax.plot(range(1, 1 + len(values)), values, label=name, marker=MARKERS[number % 7],
-                    markevery=0.12, ms=4, lw=1.2)  # fmt: skip
+            every = len(values) // 125 | 1  # odd: a curve that swings each step still swings
+            ax.plot(range(1, 1 + len(values), every), values[::every], label=name, ms=4, lw=1.2,
+                    marker=MARKERS[number % 7], markevery=0.12)  # fmt: skip
         ax.set(xlabel="step", ylabel=ylabel, ylim=(0, None))
         fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return fig
@@ -137,13 +140,14 @@ def router_data() -> dict[str, Any]:
                 speeds=SPEEDS, start=dict(speed=2, skew=1.0))  # fmt: skip
 
 
-def run_data() -> dict[str, Any]:
-    """Return the first seed's frames and losses of each arm of the log."""
-    kept = {}
+def run_data() -> list[dict[str, Any]]:
+    """Return the first seed's frames and losses of each arm; a bias of zeros is left out."""
+    kept = []
     for arm, runs in by_arm(log.read("balance")["results"]).items():
         first = runs[0]
-        kept[arm] = dict(label=LABELS[arm], frames=first["frames"], loss=first["loss"],
-                         heldout=first["heldout_loss"]["all"])  # fmt: skip
+        frames = [f if any(map(any, f["bias"])) else f | {"bias": None} for f in first["frames"]]
+        kept.append(dict(arm=arm, label=LABELS[arm], frames=frames, loss=first["loss"],
+                         heldout=first["heldout_loss"]["all"]))  # fmt: skip
     return kept
 
 

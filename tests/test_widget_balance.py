@@ -1,5 +1,7 @@
 """The balance cockpit, operated on the page, in JupyterLab and on a phone, against minids."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from browser import drag, shot, swipe
@@ -73,6 +75,16 @@ def assert_shows(page, frames, step: int) -> None:
     assert shown(page, "calm") == ("none" if calm is None else str(calm))
     late = sum(frame[1] for frame in frames[-50:]) / 50
     assert float(shown(page, "late-vio")) == pytest.approx(late, abs=6e-4)
+
+
+def test_the_lecture_card_s_numbers():
+    """book/teach/balance.md says them: reacting after each half is worse than after the batch."""
+    late = [
+        sum(frame[1] for frame in steered(4, lean=1.0, each=each)[-50:]) / 50
+        for each in (False, True)
+    ]
+    card = (Path(figures.__file__).parents[1] / "book/teach/balance.md").read_text("utf-8")
+    assert f"from {late[0]:.2f} to {late[1]:.2f}" in " ".join(card.split())
 
 
 def test_router_by_mouse_keys_and_curve(open_chapter, surface):

@@ -201,10 +201,7 @@ busiest = (1 + 0.72) * fair
         "are tensors `[E]`, the result is a tensor `[E]` with the weight of each chosen expert and "
         "0 elsewhere. The bias chooses `k` experts; their unbiased scores, divided by their sum "
         "and multiplied by `scale`, are the weights.",
-        start="""import torch
-
-
-def gate_weights(score, bias, k, scale):
+        start="""def gate_weights(score, bias, k, scale):
     raise NotImplementedError
 """,
         properties=(
@@ -273,10 +270,7 @@ def gate_weights(score, bias, k, scale):
         "`[E]` of biased scores, cut into `groups` groups of neighbours. A group is worth the sum "
         "of its two best scores. Return `choice` with every expert outside the `keep` best groups "
         "made impossible to choose.",
-        start="""import torch
-
-
-def keep_groups(choice, groups, keep):
+        start="""def keep_groups(choice, groups, keep):
     raise NotImplementedError
 """,
         properties=(
@@ -353,10 +347,7 @@ def keep_groups(choice, groups, keep):
         statement="Write `new_bias(bias, load, speed)`: `bias` is a tensor `[E]`, `load` the "
         "counts `[E]` of a whole batch. Return the next bias and leave the one that came in alone: "
         "experts above the mean go down by `speed`, those below it up, those at the mean stay.",
-        start="""import torch
-
-
-def new_bias(bias, load, speed):
+        start="""def new_bias(bias, load, speed):
     raise NotImplementedError
 """,
         properties=(
@@ -408,10 +399,7 @@ def new_bias(bias, load, speed):
         "micro_batches, speed, route)`, which returns the bias after one optimiser step. "
         "`route(tokens, bias)` returns the chosen expert ids `[n, K]`. The result must not depend "
         "on how the batch was cut.",
-        start="""import torch
-
-
-def bias_after_step(bias, micro_batches, speed, route):
+        start="""def bias_after_step(bias, micro_batches, speed, route):
     raise NotImplementedError
 """,
         properties=(
@@ -473,10 +461,7 @@ def bias_after_step(bias, micro_batches, speed, route):
         "is a tensor `[n, E]` of affinities, `ids` `[n, K]` holds the chosen experts. It is the "
         "sum over experts of f, the expert's load in units of the mean load, times P, its mean "
         "share of a token's affinity.",
-        start="""import torch
-
-
-def auxiliary(score, ids):
+        start="""def auxiliary(score, ids):
     raise NotImplementedError
 """,
         properties=(
@@ -530,10 +515,7 @@ def auxiliary(score, ids):
         statement="Write the sequence-wise loss of Eqs. 17-20 without α: `sequence_wise(score, k)` "
         "with `score` `[B, T, E]` affinities. f counts the `k` best scores of each token. Every "
         "sequence has its own f and P; the losses of the sequences are averaged.",
-        start="""import torch
-
-
-def sequence_wise(score, k):
+        start="""def sequence_wise(score, k):
     raise NotImplementedError
 """,
         properties=(

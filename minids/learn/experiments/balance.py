@@ -185,7 +185,7 @@ class SmallMoE:
         return x, einsum(self.maps[topic], x, "n out d, n d -> n out")
 
     def step(self, *, skew: float = 1.0, speed: float = 0.0, alpha: float = 0.0) -> Seen:
-        """Learn from one batch, then move the bias by `speed`; `alpha` weighs the loss of balance."""
+        """Learn from one batch, then move the bias by `speed`; `alpha` weighs that loss."""
         x, wanted = self.batch(skew)
         y, routed = self.moe(x[None], stats=True)
         error = (y[0] - wanted).square().mean()
