@@ -7,6 +7,8 @@ says so. To look at a page, use `shot`; to test against a site that is built alr
 MINIDS_SITE to its folder.
 """
 
+from __future__ import annotations
+
 import http.server
 import json
 import os
@@ -23,10 +25,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, sync_playwright
+
+if TYPE_CHECKING:  # a machine that runs no page, such as one lent for its GPU, can do without
+    from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route
 
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "runs" / "screenshots"
@@ -285,6 +289,8 @@ def chromium_path() -> str:
 @pytest.fixture(scope="module")
 def chromium(chromium_path: str) -> Iterator[Browser]:
     """Start the browser once for each file of tests."""
+    from playwright.sync_api import sync_playwright
+
     flags = [*FLAGS, *(["--no-sandbox"] if is_root() else [])]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium_path, args=flags)

@@ -436,6 +436,27 @@ def test_a_folder_works_with_the_network_off(planted_page):
     page.locator(".search a", has_text="Glossary").first.wait_for()
 
 
+# The browser of the tests
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("document.body.append(Object.assign(new Image(), {src: 'https://a.org/b'}))", "asked for"),
+        ("fetch('http://a.org/').catch(() => {})", "asked for http://a.org/"),
+        ("console.error('torn')", "console: torn"),
+        ("setTimeout(() => { throw new Error('lost') })", "console: lost"),
+    ],
+)
+def test_a_page_that_reaches_out_or_complains_fails(planted, chromium, script, told):
+    guest = browser.Visitor(chromium)
+    page = guest.open((planted / "index.html").as_uri())
+    page.evaluate(f"() => {{ {script} }}")
+    page.wait_for_timeout(200)
+    with pytest.raises(pytest.fail.Exception, match=told):
+        guest.leave()
+
+
 # What must fail a build
 
 BARE = "a figure that is a bare image"
