@@ -625,6 +625,7 @@ NUMBERS = {
     ],
     "balancing bias": [V3.n_routed_experts, COUNTS.parts["gate biases"]],
     "bias rule": [V3.bias_speed],
+    "centroid": [V3.dim],
     "decoupled key": [V3.qk_rope_head_dim, V3.n_heads],
     "dense layer": [V3.n_dense_layers, V3.inter_dim, MOE],
     "embedding": [V3.vocab_size, V3.dim],
@@ -648,6 +649,7 @@ NUMBERS = {
     "MQA": [V3.cache_dim],
     "MTP": [COUNTS.mtp],
     "query latent": [V3.q_lora_rank],
+    "rank": [V3.kv_lora_rank],
     "routed expert": [
         V3.moe_inter_dim, expert_parameters(V3), V3.n_routed_experts,
         f"{COUNTS.parts['routed experts'] / COUNTS.total:.1%}".replace("%", " %"),
