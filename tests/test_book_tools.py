@@ -283,3 +283,24 @@ def test_an_address_of_another_form_is_refused(address, tmp_path, capsys):
     assert repository.main([address], root) == 2
     assert f"must read https://github.com/OWNER/NAME, got '{address}'" in capsys.readouterr().err
     assert (root / "README.md").read_bytes() == before
+
+
+# .binder: what it installs is what `make venv` installs
+
+
+def test_binder_installs_the_tested_environment():
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    (torch,) = [line for line in constraints.splitlines() if line.startswith("torch==")]
+    wanted = (ROOT / ".binder/requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in wanted if not line.startswith("#")] == [
+        "-c ../constraints.txt",
+        torch,
+    ]
+    tested = constraints.splitlines()[0]
+    python = (ROOT / ".binder/runtime.txt").read_text(encoding="utf-8").strip()
+    assert python.replace("python-", "Python ") in tested
+    script = (ROOT / ".binder/postBuild").read_text(encoding="utf-8")
+    assert '-c constraints.txt --editable ".[book]"' in script
+    assert script.strip().endswith("jupyter trust book/*.ipynb"), "figures live before a run"
+    subprocess.run(["sh", "-n", ROOT / ".binder/postBuild"], check=True)
+    assert os.access(ROOT / ".binder/postBuild", os.X_OK)

@@ -59,8 +59,8 @@ def test_a_chapter_opened_untouched_can_be_dragged(name, lab, lab_page):
     assert "asleep" not in figure.inner_text()
     for session in lab.request("sessions"):
         assert session["kernel"]["execution_state"] in {"starting", "idle"}
-    counts = json.loads((BOOK / name).read_text(encoding="utf-8"))["cells"]
-    wanted = [c["execution_count"] for c in counts if c["cell_type"] == "code"]
+    cells = json.loads((lab.folder / name).read_text(encoding="utf-8"))["cells"]
+    wanted = [cell["execution_count"] for cell in cells if cell["cell_type"] == "code"]
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
     assert prompts == [f"[{count}]:" for count in wanted], "no cell was run"
     shot(page, f"lab_untouched_{name.removesuffix('.ipynb')}")
