@@ -140,7 +140,7 @@ def draw_treemap() -> Figure:
     counts = count(cfg)
     groups = grouped(counts, cfg)
     with style.context():
-        fig = Figure(figsize=(9, 4.4), layout="constrained")
+        fig = Figure(figsize=(7, 4), layout="constrained")
         left, right = fig.subplots(1, 2)
         stored = {name: everything for name, (everything, _) in groups.items()}
         _draw_map(left, stored, cfg.n_activated_experts / cfg.n_routed_experts)
@@ -151,7 +151,7 @@ def draw_treemap() -> Figure:
             Rectangle((0, 0), 1, 1, fc=colour, ec=style.INK, hatch=hatch, label=name)
             for name, colour, hatch in zip(groups, style.COLOURS, HATCHES, strict=True)
         ]
-        fig.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8)
+        fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     return fig
 
 
@@ -167,10 +167,10 @@ def _draw_map(ax: Axes, values: Mapping[str, int], share: float) -> None:
             Rectangle((box.x, box.y), box.width, strong, fc=colour, alpha=0.7, hatch=hatch, **edge)
         )
         if box.width > 0.24 and box.height > 0.15:
-            text = f"{box.name}\n{short(values[box.name])}"
+            text = box.name.replace(" ", "\n") + f"\n{short(values[box.name])}"
             text += f"\nused: {share:.1%}" if share < 1 else ""
             at = box.x + box.width / 2, box.y + box.height / 2
-            ax.text(*at, text, ha="center", va="center", color="black", size=9, bbox=PAPER)
+            ax.text(*at, text, ha="center", va="center", color="black", size=8, bbox=PAPER)
     ax.set(xlim=(0, 1.2), ylim=(0, 1))
     ax.axis("off")
 
@@ -184,7 +184,7 @@ def rounds_to(figure: str) -> tuple[float, float]:
 def draw_active() -> Figure:
     """Draw active parameters under three conventions beside what was published, by model."""
     with style.context():
-        fig = Figure(figsize=(9, 4), layout="constrained")
+        fig = Figure(figsize=(6.5, 4), layout="constrained")
         axes = fig.subplots(3, 1, height_ratios=[len(row) + 1 for row in PUBLISHED.values()])
         for ax, (name, figures) in zip(axes, PUBLISHED.items(), strict=True):
             for row, figure in enumerate(figures):
@@ -206,7 +206,7 @@ def draw_flops() -> Figure:
     """Draw what training on one token costs as its context grows: matrices, then attention."""
     lengths = [2**power for power in range(9, 18)]
     with style.context():
-        fig = Figure(figsize=(7.5, 3.2), layout="constrained")
+        fig = Figure(figsize=(6.5, 3.2), layout="constrained")
         ax = fig.subplots()
         costs = [count(preset("v3"), n).flops_training / 1e9 for n in lengths]
         matrices = 6 * count(preset("v3")).active["with head"] / 1e9

@@ -9,6 +9,10 @@ const ui = (() => {
       if (value !== undefined && value !== null) node.setAttribute(key, value);
     }
     node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+    // else JupyterLab takes arrow keys and Enter for its own before they reach what has the focus
+    if (node.matches("button, input, select, summary, [tabindex]")) {
+      node.setAttribute("data-lm-suppress-shortcuts", "true");
+    }
     return node;
   }
   const el = (tag, attrs, ...children) => fill(document.createElement(tag), attrs, children);
