@@ -45,6 +45,14 @@ def test_complete_machine_lists_everything_and_has_nothing_missing():
     assert lines[-1].startswith("You can do every chapter")
 
 
+def test_colab_is_told_of_no_other_jupyter(monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.colab", module)
+    _, lines = run()
+    listed = [line.split()[0] for line in lines]
+    assert "jupyterlab" not in listed
+    assert {"matplotlib", "torch"} <= set(listed)
+
+
 def test_core_package_missing(hide):
     hide("tokenizers")
     works, lines = run()

@@ -69,6 +69,11 @@ def source(cell: dict[str, Any]) -> str:
     return "".join(cell["source"])
 
 
+def first_line(cell: dict[str, Any]) -> str:
+    """Return what a reader finds a cell by."""
+    return f"'{source(cell).strip().splitlines()[0]}'" if source(cell).strip() else "(empty)"
+
+
 def tags(cell: dict[str, Any]) -> list[str]:
     """Return the tags of a cell."""
     return cell["metadata"].get("tags", [])
@@ -168,14 +173,14 @@ def shows_something_in_every_cell(chapter: Chapter) -> Iterator[str]:
             continue
         defines = ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
         if not isinstance([None, *parsed(cell)][-1], defines):
-            yield f"cell {number + 1} shows nothing:\n{source(cell)}"
+            yield f"cell {number + 1} shows nothing: {first_line(cell)}"
 
 
 def outputs_are_clean(chapter: Chapter) -> Iterator[str]:
     for cell in chapter.code:
         for output in cell["outputs"]:
             if output["output_type"] == "error" or output.get("name") == "stderr":
-                yield f"an error or a warning is kept as output of:\n{source(cell)}"
+                yield f"an error or a warning is kept as output of: {first_line(cell)}"
             data = output.get("data", {})
             shown = ["".join(output.get("text", ""))]
             shown += ["".join(text) for kind, text in data.items() if kind.startswith("text/")]
@@ -269,10 +274,10 @@ def pictures_have_a_text(chapter: Chapter) -> Iterator[str]:
         for output in cell["outputs"]:
             data = output.get("data", {})
             if any(kind.startswith("image/") for kind in data):
-                yield f"a bare picture: show it with style.show(fig, alt=...):\n{source(cell)}"
+                yield f"a bare picture: show it with style.show(fig, alt=...): {first_line(cell)}"
             for tag in re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", ""))):
                 if not re.search(r"\balt=(\"\s*[^\"\s]|'\s*[^'\s])", tag):
-                    yield f"a picture without alt:\n{source(cell)}"
+                    yield f"a picture without alt: {first_line(cell)}"
 
 
 def outputs_are_compared(chapter: Chapter) -> Iterator[str]:
@@ -282,10 +287,10 @@ def outputs_are_compared(chapter: Chapter) -> Iterator[str]:
     for cell in ignored:
         nodes = [node for line in parsed(cell) for node in ast.walk(line)]
         if not any(isinstance(node, ast.Assert) for node in nodes):
-            yield f"a cell tagged {IGNORED} must assert what matters:\n{source(cell)}"
+            yield f"a cell tagged {IGNORED} must assert what matters: {first_line(cell)}"
     for cell in chapter.code:
         if not cell["execution_count"]:
-            yield f"a cell that was never run is never compared:\n{source(cell)}"
+            yield f"a cell that was never run is never compared: {first_line(cell)}"
         if set(tags(cell)) - TAGS:
             yield f"unknown tags {sorted(set(tags(cell)) - TAGS)}, must be of {sorted(TAGS)}"
         if found := re.search(r"#\s*(NBVAL|PYTEST_VALIDATE)\w+", source(cell)):

@@ -128,9 +128,15 @@ def verdict(found: list[Found]) -> str:
     return "You can do every chapter, with the GPU where it pays."
 
 
+def wanted() -> list[tuple[str, str]]:
+    """Return name and source of each package; Colab is a Jupyter of its own and needs no other."""
+    pairs = [(name, source) for source, names in PACKAGES.items() for name in names]
+    return [pair for pair in pairs if pair[0] != "jupyterlab" or "google.colab" not in sys.modules]
+
+
 def doctor(show: Callable[[str], object] = print) -> bool:
     """Show machine, packages, what is missing and a verdict; return whether minids itself works."""
-    found = [look(name, source) for source, names in PACKAGES.items() for name in names]
+    found = [look(name, source) for name, source in wanted()]
     disk_gib = shutil.disk_usage(".").free / 2**30
     for name, value in machine(disk_gib):
         show(f"{name:13} {value}")
