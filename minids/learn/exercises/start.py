@@ -6,7 +6,7 @@ Expected shapes are those of tensors that einops makes; expected numbers come fr
 from collections.abc import Callable
 
 import torch
-from einops import einsum
+from einops import einsum, repeat
 from torch import Tensor
 
 from minids.learn.check import Exercise, Property, differs
@@ -52,7 +52,7 @@ def joined(x: Tensor) -> Tensor:
 
 
 def numbers(*shape: int) -> Tensor:
-    return torch.arange(float(torch.Size(shape).numel())).view(shape)
+    return torch.arange(float(torch.Size(shape).numel())).unflatten(0, shape)
 
 
 def shape_of(f: Callable[[Tensor], Tensor]) -> str | None:
@@ -64,7 +64,7 @@ def shape_of(f: Callable[[Tensor], Tensor]) -> str | None:
 
 def own_token(f: Callable[[Tensor], Tensor]) -> str | None:
     """Look where the numbers of one token go: x[b, h, t, n] is t itself."""
-    x = torch.arange(3.0).view(1, 1, 3, 1).expand(1, 2, 3, 2).contiguous()
+    x = repeat(torch.arange(3.0), "t -> 1 h t n", h=2, n=2)
     rows = f(x)[0].tolist()
     return differs(
         "join_heads(x), where x[b, h, t, n] = t,", rows, [[float(t)] * 4 for t in range(3)]
