@@ -77,6 +77,14 @@ def assert_shows(page, frames, step: int) -> None:
     assert float(shown(page, "late-vio")) == pytest.approx(late, abs=6e-4)
 
 
+@pytest.mark.parametrize("skew", [n / 10 for n in range(21)])
+def test_no_token_is_undecided(skew):
+    """Page and Python break ties differently: no third expert comes near the second."""
+    logits = torch.cat(halves(0.0)) + skew * torch.tensor(figures.FAVOUR, dtype=torch.float64)
+    best = logits.topk(3).values
+    assert (best[:, 1] - best[:, 2]).min() > 1e-6
+
+
 def test_the_lecture_card_s_numbers():
     """book/teach/balance.md says them: reacting after each half is worse than after the batch."""
     late = [
