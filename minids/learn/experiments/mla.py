@@ -27,7 +27,7 @@ from minids.data import Packed, encode, encode_train
 from minids.evaluate import evaluate
 from minids.files.corpus import Corpus, load_corpus
 from minids.learn import log
-from minids.learn.experiments.balance import interval
+from minids.learn.interval import interval
 from minids.model import Transformer
 from minids.rope import rotate
 from minids.schedule import Schedule
@@ -36,7 +36,7 @@ from minids.train import Run, train
 
 SEEDS = (0, 1, 2, 3, 4)
 STEPS, BATCH, SEQ_LEN = 800, 4, 64  # steps of rows of tokens: many small ones learn most a second
-RATES = (2e-3, 4e-3, 8e-3)  # peak learning rates that the pilot tries
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # peak learning rates that the pilot tries
 PILOT_SEED, PILOT_STEPS = 100, 300  # a seed that is not reported
 VOCAB, CHARS = 512, 400_000  # characters of each domain
 SAMPLE = 20  # tokens whose keys and values the log keeps
@@ -207,9 +207,9 @@ def against_mla(arms: dict[str, Any]) -> Iterator[tuple[str, tuple[float, float]
     Runs of one seed read the same rows in the same order, so their difference varies less.
     """
     mla = [one["nats"] for one in arms["MLA"]["runs"]]
-    for name, arm in arms.items():
+    for name in candidates():
         if name != "MLA":
-            theirs = [one["nats"] for one in arm["runs"]]
+            theirs = [one["nats"] for one in arms[name]["runs"]]
             yield name, interval([a - b for a, b in zip(theirs, mla, strict=True)])
 
 
