@@ -205,7 +205,7 @@ function replay(runs) {
   const box = ui.controls(part), frames = runs[0].frames;
   const arm = ui.choice(box, { label: "balanced by", name: "arm",
     options: runs.map((run) => [run.arm, run.label]) });
-  const layer = ui.choice(box, { label: "MoE layer", name: "layer", options: [["0", "1"], ["1", "2"]], value: "1" });
+  const layer = ui.choice(box, { label: "MoE layer", name: "layer", options: [["0", "first"], ["1", "second"]], value: "1" });
   const frame = ui.slider(box, { label: "step", name: "run-step", min: 0, max: frames.length - 1,
     value: 0, format: (i) => String(frames[i].step) });
   playable(box, frame, "run-play", 1);
