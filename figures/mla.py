@@ -138,7 +138,8 @@ def draw_ranks(low: Mapping[str, Any], rank: int = 8) -> Figure:
         fig = Figure(figsize=(9, 3.8), layout="constrained")
         left, right = fig.subfigures(1, 2, width_ratios=(1, 1.1))
         for ax, (title, matrix) in zip(left.subplots(3, 1), pictures.items(), strict=True):
-            ax.imshow(_tinted(matrix, sample.abs().max()), aspect="auto", interpolation="none")
+            colours = _tinted(matrix, sample.abs().max()).numpy()
+            ax.imshow(colours, aspect="auto", interpolation="none")
             ax.set(xticks=[], yticks=[], ylabel="tokens")
             ax.set_title(title, size=9)
             ax.grid(False)
