@@ -51,7 +51,7 @@ def encode(
     if [tokenizer.id_to_token(id) for id in range(len(special))] != special:
         raise ValueError(f"tokenizer must have {special} as ids 0, 1, ...")
     documents = []
-    for text in tqdm(texts, desc="encode", unit=" documents", delay=3, leave=False):
+    for text in tqdm(texts, desc="encode", unit=" documents", delay=3, leave=False, disable=None):
         pieces = tokenizer.encode_batch(split_fim(text, fim_rate, seed), add_special_tokens=False)
         ids, *others = [piece.ids for piece in pieces]  # text order: prefix, middle, suffix
         if others:
