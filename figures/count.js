@@ -208,6 +208,7 @@ const refused = ui.refusal(root);
 const readouts = {};
 for (const [name, label] of Object.entries(READOUTS)) {
   readouts[name] = ui.readout(root, { name, label });
+  readouts[name].style.whiteSpace = "nowrap";
 }
 const table = ui.el("tbody");
 const heads = ["part", "stored", "share", "a token uses", "share"];

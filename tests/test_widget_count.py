@@ -33,9 +33,11 @@ def drawn(seed: int) -> list[dict]:
     dice, found = random.Random(seed), []
     for number in range(300):
         base = asdict(preset(PRESETS[number % len(PRESETS)]))
+        base["attn"] = ("mla", "mha", "gqa", "mqa")[number // len(PRESETS) % 4]
+        base["n_kv_heads"] = 1 + number % 2  # 2 divides the heads of every preset
         for name in dice.sample(FIELDS, dice.randint(1, 5)):
             if name in ("attn", "score_func"):
-                base[name] = dice.choice(["mla", "mha", "gqa", "mqa", "sigmoid", "softmax"])
+                base[name] = dice.choice(["mla", "gqa", "sigmoid", "softmax"])
             elif name.endswith("_dim") or name == "vocab_size":
                 base[name] = dice.choice([2 * dice.randint(0, 40), 2 * dice.randint(1, 10**6)])
             else:

@@ -19,17 +19,17 @@ def moe_layer() -> int:
     return count(preset("v3", n_layers=62)).total - count(V3).total
 
 
-def hold(layers: int) -> str:
-    return f"{layers} MoE layers hold {short(layers * moe_layer())} parameters"
+def hold(layers: float) -> str:
+    return f"{layers:g} MoE layers hold {short(layers * moe_layer())} parameters"
 
 
 def enough(answer: object) -> str | None:
-    if not isinstance(answer, int) or isinstance(answer, bool):
+    if isinstance(answer, bool) or not isinstance(answer, int | float) or answer % 1:
         return f"moe_layers must be a whole number, got {answer!r}."
     return None if answer * moe_layer() > CLAIM else f"{hold(answer)}, not more than 67 B."
 
 
-def fewest(answer: int) -> str | None:
+def fewest(answer: float) -> str | None:
     return f"{hold(answer - 1)}: more already." if (answer - 1) * moe_layer() > CLAIM else None
 
 
@@ -68,10 +68,16 @@ def attends(cfg: Config, call: str, seq_len: int) -> Callable[..., str | None]:
     return lambda f: differs(call, f(cfg, seq_len), want, tolerance=1e-3)
 
 
+def pair(got: object) -> tuple[float, float]:
+    if not isinstance(got, tuple) or len(got) != 2:
+        raise TypeError(f"cost must return a pair (hours, dollars), got {got!r:.60}")
+    return got
+
+
 def costs(cfg: Config, call: str, tokens: float) -> Callable[..., str | None]:
     def test(f: Callable[..., tuple[float, float]]) -> str | None:
         want = count(cfg).gpu_hours(tokens, 385)
-        hours, dollars = f(cfg, tokens, 385, 2)
+        hours, dollars = pair(f(cfg, tokens, 385, 2))
         call_hours = f"cost({call}, {tokens:g}, 385, 2)[0], the hours,"
         return differs(call_hours, float(hours), want, tolerance=1e-3) or differs(
             "the dollars beside the hours", float(dollars), 2.0 * hours
@@ -81,7 +87,7 @@ def costs(cfg: Config, call: str, tokens: float) -> Callable[..., str | None]:
 
 
 def twice(f: Callable[..., tuple[float, float]]) -> str | None:
-    once, more = f(TOY, 1e9, 385, 2)[0], f(TOY, 2e9, 770, 2)[0]
+    once, more = pair(f(TOY, 1e9, 385, 2))[0], pair(f(TOY, 2e9, 770, 2))[0]
     return differs("cost(preset('toy'), 2e9, 770, 2)[0] against (1e9, 385)", more, once)
 
 
