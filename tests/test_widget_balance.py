@@ -91,7 +91,10 @@ def test_the_lecture_card_s_numbers():
         sum(frame[1] for frame in steered(4, lean=1.0, each=each)[-50:]) / 50
         for each in (False, True)
     ]
-    card = (Path(figures.__file__).parents[1] / "book/teach/balance.md").read_text("utf-8")
+    page = Path(figures.__file__).parents[1] / "book/teach/balance.md"
+    if not page.exists():
+        pytest.skip("NOT RUN: a students' copy has no lecture pages")
+    card = page.read_text("utf-8")
     assert f"from {late[0]:.2f} to {late[1]:.2f}" in " ".join(card.split())
 
 
