@@ -25,6 +25,7 @@ class Measured:
     name: str
     says_s: str  # what its header box promises
     seconds: float = 0.0
+    busy_s: float = 0.0  # of the processor: much less than seconds where the machine is shared
     peak_mib: float = 0.0
     cells: int = 0
     compared: int = 0
@@ -42,7 +43,10 @@ class Limits(pytest.Item):
         self.user_properties.append((MEASURED, asdict(chapter)))
         limit_s = self.config.getoption("book_limit_s")
         if chapter.seconds > limit_s:
-            raise LimitError(f"{chapter.name} took {chapter.seconds:.0f} s, more than {limit_s:g}")
+            raise LimitError(
+                f"{chapter.name} took {chapter.seconds:.0f} s, more than {limit_s:g}; "
+                f"its kernel had {chapter.busy_s:.0f} s of the processor"
+            )
         if chapter.compared < MIN_COMPARED * chapter.cells:
             raise LimitError(
                 f"{chapter.compared} of {chapter.cells} cells of {chapter.name} are compared, "
@@ -89,6 +93,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
         executed = item.cell.execution_count is not None
         chapter.compared += executed and item.options["check"] and not item.options["skip"]
         chapter.peak_mib = max(chapter.peak_mib, kernel_peak_mib(item.parent))
+        chapter.busy_s = max(chapter.busy_s, kernel_busy_s(item.parent))
 
 
 def is_cell(item: pytest.Item) -> bool:
@@ -104,11 +109,21 @@ def measured(chapter: IPyNbFile) -> Measured:
     return chapter.measured
 
 
+def kernel_pid(chapter: IPyNbFile) -> int | None:
+    alive = chapter.kernel is not None and chapter.kernel.is_alive()
+    return chapter.kernel.km.provisioner.pid if alive else None
+
+
+def kernel_busy_s(chapter: IPyNbFile) -> float:
+    """Return the seconds of processor that the kernel has had, on all cores together."""
+    pid = kernel_pid(chapter)
+    return sum(psutil.Process(pid).cpu_times()[:2]) if pid else 0.0
+
+
 def kernel_peak_mib(chapter: IPyNbFile) -> float:
     """Return the most memory that the kernel held: its peak on Linux, elsewhere its size now."""
-    if chapter.kernel is None or not chapter.kernel.is_alive():
+    if (pid := kernel_pid(chapter)) is None:
         return 0.0
-    pid = chapter.kernel.km.provisioner.pid
     status = Path(f"/proc/{pid}/status")
     peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(peak[1]) / 2**10 if peak else psutil.Process(pid).memory_info().rss / 2**20
@@ -126,12 +141,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not chapters:
         return
     terminalreporter.section("chapters")
-    head = ("chapter", "says", "took", "peak memory", "compared")
-    terminalreporter.line(f"{head[0]:<28} {head[1]:>6} {head[2]:>8} {head[3]:>12}  {head[4]}")
+    head = ("chapter", "says", "took", "processor", "peak memory", "compared")
+    names = "{:<28} {:>6} {:>8} {:>10} {:>12}  {}".format(*head)
+    terminalreporter.line(names)
     for name, at in sorted(chapters.items()):
         says = f"{at['says_s']} s" if at["says_s"] else "-"
         terminalreporter.line(
-            f"{name:<28} {says:>6} {at['seconds']:>6.1f} s {at['peak_mib']:>8,.0f} MiB  "
+            f"{name:<28} {says:>6} {at['seconds']:>6.1f} s {at['busy_s']:>8.1f} s "
+            f"{at['peak_mib']:>8,.0f} MiB  "
             f"{at['compared']} of {at['cells']} cells, {at['compared'] / at['cells']:.0%}"
         )
     terminalreporter.line(f"all: {sum(at['seconds'] for at in chapters.values()):.1f} s")
