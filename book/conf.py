@@ -20,6 +20,7 @@ language = "en"
 
 extensions = [
     "myst_nb",
+    "sphinx.ext.githubpages",  # .nojekyll: GitHub would leave out _static
     "sphinx_copybutton",
     "sphinxcontrib.bibtex",
     "book_mathjax",

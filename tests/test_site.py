@@ -398,6 +398,9 @@ def test_a_figure_moves_by_mouse_and_keys(planted_page):
 def test_a_figure_moves_by_touch_on_a_phone(planted_page):
     page = planted_page(**browser.PHONE)
     assert wide(page) <= 0
+    formula = page.locator("#eq-4-3 mjx-container").bounding_box()
+    assert formula["x"] >= 0, "a long formula begins on the screen"
+    assert formula["width"] > browser.PHONE["viewport"]["width"]
     browser.swipe(page.locator("[data-name=five]"), 1)
     assert page.locator("[data-name=square]").inner_text() == "25"
     browser.shot(page, "planted-phone", full_page=True)
@@ -414,6 +417,9 @@ def test_text_stands_out(planted_page, scheme):
         "mjx-container", "article p > code",
     ):  # fmt: skip
         assert page.locator(place).first.evaluate(CONTRAST) >= AA, place
+    for shown in page.locator(".cell_output .text_html, .cell_output img, article img").all():
+        paper = shown.evaluate("e => getComputedStyle(e).backgroundColor")
+        assert paper == "rgba(0, 0, 0, 0)"  # the page's own: no white box on a dark page
     browser.shot(page, f"planted-{scheme}", full_page=True)
 
 
