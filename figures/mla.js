@@ -87,10 +87,10 @@ const long = ui.readout(results, { label: "MLA: 131,072 tokens", name: "long" })
 const longMha = ui.readout(results, { label: "MHA: 131,072 tokens", name: "long-mha" });
 
 // The two paths, side by side where there is room. Widths are drawn to one scale.
-const pair = ui.el("div", { style: "display:flex;flex-wrap:wrap;gap:0.5rem 1.5rem" });
+const pair = ui.el("div", { style: "display:flex;flex-wrap:wrap;gap:0.5rem 1rem" });
 results.append(pair);
 const panels = Object.fromEntries(["mha", "mla"].map((kind) => [kind, ui.plot(pair, {
-  width: 350, height: 250, name: `path-${kind}`,
+  width: 335, height: 250, name: `path-${kind}`,
   alt: `The path of ${kind.toUpperCase()} from a token's state to queries, keys and values; what is cached is framed`,
 })]));
 const COLUMN = { left: 30, middle: 128, right: 240 };

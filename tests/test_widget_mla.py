@@ -135,7 +135,7 @@ def test_lab_equals_minids_on_odd_widths(site_page):
         ({"n_kv_heads": 0}, "mla"),
         ({"dim": 0}, "mla"),
         ({"q_lora_rank": -1}, "mla"),
-        ({"n_layers": 2.5}, "mla"),
+        ({"n_layers": -3}, "mla"),
     ],
 )
 def test_lab_refuses_what_config_refuses(site_page, fields, attn):
@@ -147,6 +147,13 @@ def test_lab_refuses_what_config_refuses(site_page, fields, attn):
     control(page, "preset").select_option("nano")
     assert shown(page, "refused") == ""
     assert_shows(page, started_from("nano"))
+
+
+@pytest.mark.parametrize(("typed", "told"), [("2.5", "2.5"), ("", "None")])
+def test_lab_refuses_what_is_no_whole_number(site_page, typed, told):
+    page = site_page(f"{CHAPTER}.html")
+    control(page, "n_layers").fill(typed)  # the tests' type checker keeps this from Config
+    assert shown(page, "refused") == f"n_layers must be an integer >= 1, got {told}"
 
 
 def test_lab_by_touch_on_a_phone(touch_page):
