@@ -101,6 +101,7 @@ def test_the_lecture_card_s_numbers():
 def test_router_by_mouse_keys_and_curve(open_chapter, surface):
     page = open_chapter(CHAPTER)
     assert_shows(page, steered(2), 1)
+    control(page, "step").hover()
     drag(control(page, "step"), 1.0)
     assert_shows(page, steered(2), 400)
     control(page, "speed").press("ArrowRight")  # 0.001 -> 0.003
@@ -157,6 +158,7 @@ def test_runs_are_the_log_s(open_chapter, surface):
         control(page, "arm").select_option(arm)
         for layer in (0, 1):
             control(page, "layer").select_option(str(layer))
+            control(page, "run-step").hover()  # waits until nothing moves any more
             drag(control(page, "run-step"), 1.0)
             last = run["frames"][-1]["load"][layer]
             vio = max_vio(torch.tensor(last)).item()
