@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 # a container's only user is often root, whom JupyterLab refuses unless told
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help venv lint learn tour test check book run-book figures clean
+.PHONY: help venv lint learn tour test check book run-book figures demo slides pdf keys student clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -65,6 +65,26 @@ book: venv  ## build the book's site from what the chapters print, without runni
 figures: venv  ## draw again the figures that are files: README's and the site's first page's
 	@for svg in figures/*.svg; do echo "$$svg"; $(PY) "$${svg%.svg}.py" || exit 1; done
 
+# CH is a chapter, by number or name: make slides CH=04
+CH ?=
+HOST ?= 127.0.0.1
+PORT ?= 8866
+
+demo: venv  ## show the widgets to a class; CH=04 one chapter's, HOST=0.0.0.0 for the whole network
+	@$(PY) book/_tools/demo.py $(CH) --host $(HOST) --port $(PORT)
+
+slides: venv  ## make slides of a chapter that open offline: CH=04
+	@$(PY) book/_tools/slides.py $(CH)
+
+pdf: book  ## print a chapter to a PDF with Chromium: CH=04
+	@$(PY) book/_tools/pdf.py $(CH)
+
+keys: venv  ## write the keys to the exercises, for instructors
+	@$(PY) book/_tools/keys.py
+
+student: venv  ## make dist/minids-student.tar.gz, a copy without solutions
+	@$(PY) book/_tools/student.py
+
 clean:  ## remove .venv and caches; runs/ is yours and stays
-	rm -rf .venv *.egg-info build .pytest_cache .ruff_cache .hypothesis book/_build
+	rm -rf .venv *.egg-info build .pytest_cache .ruff_cache .hypothesis book/_build dist
 	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

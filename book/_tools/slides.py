@@ -104,7 +104,8 @@ def prose(kind: str, text: str) -> Block:
 
 def raw(html: str, height: int) -> Block:
     """Return HTML that goes to the slide as it is."""
-    fence = "`" * (3 + max((len(ticks) for ticks in re.findall("`+", html)), default=0))
+    longest = max((len(ticks) for ticks in re.findall("`+", html)), default=0)
+    fence = "`" * max(3, longest + 1)
     return Block(f"{fence}{{raw}} html\n{html}\n{fence}", height)
 
 
