@@ -107,7 +107,7 @@ def text() -> Text:
 def learn(cfg: Config, peak_lr: float, seed: int, steps: int = STEPS) -> Run:
     """Train one model; a seed fixes its weights and the order of what it reads."""
     tokens = steps * BATCH * SEQ_LEN
-    schedule = Schedule(peak_lr=peak_lr, warmup_steps=steps // 10, constant=0.1 * tokens,
+    schedule = Schedule(peak_lr=peak_lr, warmup_steps=max(1, steps // 10), constant=0.1 * tokens,
                         cosine=0.9 * tokens, tail=0.0, last_tail=0.0, cosine_end=0.01,
                         batch=BATCH, first_batch=BATCH)  # fmt: skip
     data = Packed(text().documents, SEQ_LEN, seed)
