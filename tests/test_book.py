@@ -44,6 +44,9 @@ def test_lecture_page(path, rule):
     assert list(rule(path.read_text(encoding="utf-8"), path.stem)) == []
 
 
+@pytest.mark.skipif(
+    not (ROOT / "book/teach").exists(), reason="NOT RUN: a students' copy has no lecture pages"
+)
 def test_every_chapter_has_a_lecture_page():
     stems = {path.stem.partition("_")[2] for path in CHAPTERS}
     assert {path.stem for path in LECTURES} == stems

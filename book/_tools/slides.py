@@ -13,6 +13,7 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -200,6 +201,7 @@ def settings(name: str, static: Path) -> dict[str, Any]:
         "mathjax3_config": {"chtml": {"matchFontHeight": False}, "options": {"enableMenu": False}},
         "revealjs_static_path": [str(static)],
         "revealjs_style_theme": "slides.css",
+        "revealjs_js_files": ["figures.js"],
         "revealjs_script_files": ["slides.js"],
         "revealjs_script_plugins": [
             {"src": "revealjs/plugin/notes/notes.js", "name": "RevealNotes"}
@@ -220,9 +222,6 @@ def colours() -> str:
 
 def build(notebook: Path, out: Path) -> Path:
     """Write the deck of a chapter into folder `out`, anew; return its page."""
-    from sphinx.application import Sphinx
-    from sphinx.util.docutils import docutils_namespace
-
     deck = sections(json.loads(notebook.read_text(encoding="utf-8")))
     lecture = notebook.parent / "teach" / f"{stem_of(notebook)}.md"
     if lecture.exists():
@@ -233,13 +232,16 @@ def build(notebook: Path, out: Path) -> Path:
     style = work / "static" / "slides.css"
     style.write_text(style.read_text(encoding="utf-8") + colours(), encoding="utf-8")
     (work / f"{notebook.stem}.md").write_text(markdown(deck), encoding="utf-8")
-    sys.path.insert(0, str(BOOK / "_ext"))
     chosen = settings(notebook.stem, work / "static")
-    with docutils_namespace():
-        app = Sphinx(work, None, out, work / "doctrees", "revealjs", chosen, status=None)
-        app.build()
-    if app.statuscode or app._warncount:
-        raise RuntimeError(f"the slides of {notebook.name} cannot be built: see the lines above")
+    (work / "conf.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(BOOK / '_ext')!r})\nglobals().update({chosen!r})\n",
+        encoding="utf-8",
+    )
+    folders = ["-d", str(work / "doctrees"), str(work), str(out)]
+    sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "revealjs"]
+    done = subprocess.run([*sphinx, *folders], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the slides of {notebook.name} cannot be built:\n{done.stderr}")
     shutil.rmtree(work)
     return out / f"{notebook.stem}.html"
 

@@ -42,7 +42,7 @@ def blanked(source: str) -> str:
     words = {id(word.value): word.arg for call in calls for word in call.keywords}
     if len(cuts) != 2 * len(calls):
         raise ValueError("each Exercise must have solution= and wrong=, or one would be left in")
-    for value in sorted(cuts, key=lambda node: node.lineno, reverse=True):
+    for value in sorted(cuts, key=lambda node: (node.lineno, node.col_offset), reverse=True):
         first, last = value.lineno - 1, value.end_lineno - 1
         before, after = lines[first][: value.col_offset], lines[last][value.end_col_offset :]
         # brackets around a text of several lines are no part of it in the tree
