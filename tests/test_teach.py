@@ -127,6 +127,12 @@ def test_a_line_that_only_shows_a_figure_is_not_shown():
     assert "<img" in page
 
 
+def test_a_widget_that_needs_python_says_where_it_is_live():
+    page = shown(code("x = 1\ny = 2\nlive()\n", figure('<p class="mn-asleep">R. <em>Run it.</em>')))
+    assert "R. Live with <code>make demo</code>." in page
+    assert "Run it" not in page
+
+
 def test_html_that_holds_fences_stays_whole():
     fence = slides.raw("a ```` b", 1).text
     assert fence.startswith("`````{raw} html\n")

@@ -120,7 +120,10 @@ def output(out: dict[str, Any]) -> Block | None:
     """Return what a cell has shown: a figure, a table, text; None for what has no place here."""
     data = out.get("data", {})
     if "text/html" in data:
-        return raw(as_text(data["text/html"]), WHOLE)
+        html = as_text(data["text/html"])
+        if html.startswith('<p class="mn-asleep">'):  # a widget that needs Python
+            return raw(re.sub("<em>.*</em>", "Live with <code>make demo</code>.", html), 2 * LINE)
+        return raw(html, WHOLE)
     for kind in ("image/svg+xml", "image/png"):
         if kind in data:
             picture = as_text(data[kind])
