@@ -72,6 +72,8 @@ def check(which: str, answer: Any) -> Verdict:
     exercise = find(which)
     if answer is ...:
         return _unanswered(which)
+    if f"def {exercise.name}(" in exercise.start and not callable(answer):
+        return _no_function(which, exercise.name, answer)
     for number, required in enumerate(exercise.properties):
         try:
             # the same numbers each time, and the reader's own generator stays as it was
@@ -159,7 +161,7 @@ def within(what: str, got: Any, low: float, high: float) -> str | None:
 
 
 def _number_differs(got: Any, want: float, tolerance: float) -> str | None:
-    if isinstance(got, torch.Tensor) and got.ndim == 0:
+    if getattr(got, "ndim", None) == 0:  # a tensor or an array of one number, NumPy's scalars
         got = got.item()
     if isinstance(got, bool) or not isinstance(got, int | float):
         return _got(got, want)
@@ -195,7 +197,7 @@ def _tensor_differs(got: Any, want: torch.Tensor, tolerance: float) -> str | Non
 
 def _got(got: Any, want: Any) -> str:
     if got is None:
-        return f"gave None, expected {want}: is a `return` missing?"
+        return f"gave None, expected {_shown(want)}: is a `return` missing?"
     return f"gave {_shown(got)}, expected {_shown(want)}."
 
 
@@ -212,6 +214,12 @@ def _shown(value: Any) -> str:
 def _unanswered(which: str) -> Verdict:
     text = f'○ {which}: not answered yet. Write your answer above; hint("{which}") helps.'
     return Verdict(text, right=False, answered=False)
+
+
+def _no_function(which: str, name: str, answer: Any) -> Verdict:
+    text = f"✗ {which}: {name} must be a function, got {_shown(answer):.60}.\n"
+    text += f'  Give the function itself: check("{which}", {name}).'
+    return Verdict(text, right=False)
 
 
 def _raised(error: Exception, name: str) -> str:
