@@ -68,6 +68,10 @@ function count(cfg, seqLen) {
 const hours = (counts, tokens, tflops) =>
   (tokens * Number(counts.flops_training)) / (tflops * 1e12 * 3600);
 
+// what is below one keeps two digits, else it would be shown as nothing
+const small = (x) => (x < 1 ? String(Number(x.toPrecision(2))) : x.toFixed(1));
+const rounded = (x) => (x < 1 ? small(x) : ui.comma(Math.round(x)));
+
 // The first rule of Config that is broken, in its words; "" for a legal config.
 function refuse(cfg) {
   const asPython = (value) =>
@@ -128,9 +132,11 @@ function drawMap(svg, title, groups, box, share) {
       const foot = { y: y + h * (1 - share), height: h * share, "fill-opacity": 0.6 };
       svg.append(ui.svg("rect", { ...rect, ...foot, "data-name": "used-experts" }));
     }
-    const lines = w > 7 * name.length && h > 18 ? [name] : name.split(": ");
+    const fits = (line) => w > 7 * line.length;
+    let lines = fits(name) && h > 18 ? [name] : name.split(": ");
+    if (!lines.every(fits)) lines = [...item.name.split(" "), ui.short(item.value)];  // a word a line
     if (item.name === "routed experts" && share < 1) lines.push(`used: ${(100 * share).toFixed(1)} %`);
-    if (w < 7 * Math.max(...lines.map((line) => line.length)) || h < 16 * lines.length) continue;
+    if (!lines.every(fits) || h < 16 * lines.length) continue;
     lines.forEach((line, row) =>
       svg.append(ui.svg("text", { x: x + 4, y: y + 14 + 15 * row }, line)));
   }
@@ -162,14 +168,15 @@ const FIELDS = [
     ["gpus", "GPUs", 8, 16384, 8], ["usd", "$ a GPU-hour", 0.1, 10, 0.1],
   ]],
 ];
+const LARGEST = 1e12;  // beyond it the numbers fit no page
 const GIVEN = { ...data.training, gpus: 2048, usd: 2 };
 const READOUTS = {
   total: "parameters", active: "active, with head", share: "active share",
   both: "active, with both tables", neither: "active, with neither",
   mtp: "MTP modules", stored: "MTP as stored",
-  cache: "cache a token, BF16", context: "cache of one context", twin: "MHA of this shape : this",
+  cache: "cache a token, BF16", context: "cache of one context", twin: "cache of MHA : of this",
   flops: "training FLOPs a token", attention: "attention's share of them",
-  hours: "GPU-hours", days: "days on these GPUs", money: "money", memory: "memory to train, FP8",
+  hours: "GPU-hours", days: "days on these GPUs", money: "rent", memory: "memory to train, FP8",
 };
 
 const top = ui.controls(root);
@@ -177,6 +184,7 @@ const preset = ui.choice(top, {
   label: "preset", value: "v3",
   options: [...Object.keys(data.presets).map((name) => [name, name]), ["", "(changed)"]],
 });
+preset.lastElementChild.disabled = true;  // what the figure says, not what a reader chooses
 const inputs = {}, folds = [];
 for (const [title, fields] of FIELDS) {
   const fold = ui.el("details", {}, ui.el("summary", {}, title));
@@ -226,9 +234,14 @@ function show() {
   const problem = refuse(cfg)
     || (Number.isInteger(seqLen) ? "" : `seq_len must be an integer, got ${seqLen}`)
     || (seqLen >= 1 ? "" : `seq_len must be at least 1, got ${seqLen}`)
-    || Object.entries({ tokens: trillions, tflops, usd, gpus })
+    || Object.entries({ tokens: trillions, tflops, usd })
       .filter(([, value]) => !(value > 0 && value < Infinity))
-      .map(([name, value]) => `${name} must be a positive number, got ${value}`)[0] || "";
+      .map(([name, value]) => `${name} must be a positive number, got ${value}`)[0]
+    || (Number.isInteger(gpus) && gpus >= 1 ? "" : `gpus must be an integer >= 1, got ${gpus}`)
+    || Object.entries(inputs)
+      .filter(([, { current }]) => current > LARGEST || (current > 0 && current < 1 / LARGEST))
+      .map(([name, { current }]) => `${name} is beyond what this figure shows, got ${current}`)[0]
+    || "";
   refused.textContent = problem;
   svg.replaceChildren();
   table.replaceChildren();
@@ -250,8 +263,7 @@ function show() {
     twin: `${(Number(twin.cache_bytes) / Number(counts.cache_bytes)).toFixed(1)} : 1`,
     flops: ui.comma(counts.flops_training),
     attention: percent(counts.flops_attention, counts.flops_forward),
-    hours: ui.comma(Math.round(spent)), days: (spent / gpus / 24).toFixed(1),
-    money: `$${ui.comma(Math.round(spent * usd))}`,
+    hours: rounded(spent), days: small(spent / gpus / 24), money: `$${rounded(spent * usd)}`,
     memory: ui.bytes(data.bytes_to_train * Number(counts.total)),
   };
   for (const [name, text] of Object.entries(says)) readouts[name].textContent = text;
@@ -269,7 +281,9 @@ function draw(cfg, counts, percent) {
   const share = cfg.n_activated_experts / cfg.n_routed_experts;
   drawMap(svg, `stored: ${ui.short(Number(counts.total))}`, stored,
     { x: 1, y: 0, w: half - 2, h: height }, share);
-  drawMap(svg, `one token uses: ${ui.short(Number(counts.active["with head"]))}`, used,
+  const active = Number(counts.active["with head"]), larger = Number(counts.total) / active;
+  const scale = larger < 1.5 ? "" : `, ${larger.toFixed(0)} times enlarged`;
+  drawMap(svg, `one token uses: ${ui.short(active)}${scale}`, used,
     { x: wide ? half + 16 : 1, y: wide ? 0 : height + 8, w: half - 2, h: height }, 1);
   stored.forEach((group, row) => {
     const swatch = `background:${ui.colours[row]};display:inline-block;height:0.7em;width:0.7em`;
@@ -279,6 +293,11 @@ function draw(cfg, counts, percent) {
       ui.el("th", { scope: "row", style: "text-align:left" },
       ui.el("span", { style: swatch }), ` ${group.name}`), ...cells.map((text) => ui.el("td", {}, text))));
   });
+  // five columns on a phone too
+  table.parentElement.style.fontSize = wide ? "" : "0.8em";
+  for (const cell of table.parentElement.querySelectorAll("td, th")) {
+    cell.style.paddingInline = wide ? "" : "0.2em";
+  }
 }
 
 function take(name) {

@@ -35,10 +35,12 @@ PAPER = dict(fc="white", ec="none", alpha=0.75, boxstyle="round")  # below text 
 HATCHES = ("", "/", "\\", "x", "-", "|")  # colours are not the only difference
 # active parameters as published, in billions, and where
 PUBLISHED = {
-    "v3": {"37": "report, abstract", "36.7": "README_WEIGHTS", "36.6": "its Hugging Face copy"},
+    "v3": {"37": "report, abstract", "36.7": "README_WEIGHTS", "36.6": "its copy on the hub"},
     "v2": {"21": "V2 report, 3.1.2"},
-    "v2_lite": {"2.4": "V2 report, appendix B"},
+    "v2_lite": {"2.4": "V2 report, app. B"},
 }  # fmt: skip
+NAMES = {"v3": "DeepSeek-V3", "v2": "DeepSeek-V2", "v2_lite": "DeepSeek-V2-Lite"}
+WIDE = 5  # inches; a phone shows 75 % of it, so that letters of 10 points stay readable
 SIZER = (
     "Model sizer: number fields and sliders for every field of the config that decides a count. "
     "Two maps of rectangles show where the parameters are and which of them one token uses; below "
@@ -139,26 +141,28 @@ def draw_treemap() -> Figure:
     cfg = preset("v3")
     counts = count(cfg)
     groups = grouped(counts, cfg)
+    active = counts.active["with head"]
     with style.context():
-        fig = Figure(figsize=(7, 4), layout="constrained")
-        left, right = fig.subplots(1, 2)
+        fig = Figure(figsize=(WIDE, 5.6), layout="constrained")
+        top, foot = fig.subplots(2, 1)
         stored = {name: everything for name, (everything, _) in groups.items()}
-        _draw_map(left, stored, cfg.n_activated_experts / cfg.n_routed_experts)
-        left.set_title(f"stored: {short(counts.total)}")
-        _draw_map(right, {name: used for name, (_, used) in groups.items()}, 1)
-        right.set_title(f"one token uses: {short(counts.active['with head'])}")
+        _draw_map(top, stored, cfg.n_activated_experts / cfg.n_routed_experts)
+        top.set_title(f"stored: {short(counts.total)}")
+        _draw_map(foot, {name: used for name, (_, used) in groups.items()}, 1)
+        larger = f"{counts.total / active:.0f} times enlarged"
+        foot.set_title(f"one token uses: {short(active)}, {larger}")
         handles = [
             Rectangle((0, 0), 1, 1, fc=colour, ec=style.INK, hatch=hatch, label=name)
             for name, colour, hatch in zip(groups, style.COLOURS, HATCHES, strict=True)
         ]
-        fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
+        fig.legend(handles=handles, loc="outside lower center", ncols=2)
     return fig
 
 
 def _draw_map(ax: Axes, values: Mapping[str, int], share: float) -> None:
     """Draw one treemap; `share` of the routed experts is drawn stronger, at their foot."""
     looks = dict(zip(values, zip(style.COLOURS, HATCHES, strict=True), strict=True))
-    for box in cut(values, 0, 0, 1.2, 1):
+    for box in cut(values, 0, 0, 2, 1):
         colour, hatch = looks[box.name]
         strong = box.height * (share if box.name == "routed experts" else 1)
         edge = dict(ec=style.INK, lw=0.6)
@@ -166,12 +170,12 @@ def _draw_map(ax: Axes, values: Mapping[str, int], share: float) -> None:
         ax.add_patch(
             Rectangle((box.x, box.y), box.width, strong, fc=colour, alpha=0.7, hatch=hatch, **edge)
         )
-        if box.width > 0.24 and box.height > 0.15:
-            text = box.name.replace(" ", "\n") + f"\n{short(values[box.name])}"
+        if box.width > 0.35 and box.height > 0.2:
+            text = f"{box.name}\n{short(values[box.name])}"
             text += f"\nused: {share:.1%}" if share < 1 else ""
             at = box.x + box.width / 2, box.y + box.height / 2
-            ax.text(*at, text, ha="center", va="center", color="black", size=8, bbox=PAPER)
-    ax.set(xlim=(0, 1.2), ylim=(0, 1))
+            ax.text(*at, text, ha="center", va="center", color="black", bbox=PAPER)
+    ax.set(xlim=(0, 2), ylim=(0, 1))
     ax.axis("off")
 
 
@@ -184,7 +188,7 @@ def rounds_to(figure: str) -> tuple[float, float]:
 def draw_active() -> Figure:
     """Draw active parameters under three conventions beside what was published, by model."""
     with style.context():
-        fig = Figure(figsize=(6.5, 4), layout="constrained")
+        fig = Figure(figsize=(WIDE, 4), layout="constrained")
         axes = fig.subplots(3, 1, height_ratios=[len(row) + 1 for row in PUBLISHED.values()])
         for ax, (name, figures) in zip(axes, PUBLISHED.items(), strict=True):
             for row, figure in enumerate(figures):
@@ -195,33 +199,38 @@ def draw_active() -> Figure:
                 ax.axvline(n / 1e9, color=colour, lw=1)
                 ax.plot(n / 1e9, -0.8, mark, clip_on=False, color=colour, label=convention)
             ax.set_yticks(range(len(figures)), [f"{n}: {text}" for n, text in figures.items()])
-            ax.set(ylim=(-0.8, len(figures) - 0.3), title=name)
+            ax.set(ylim=(-0.8, len(figures) - 0.3), title=NAMES[name])
             ax.margins(x=0.12)
-        axes[-1].set_xlabel("active parameters, billions; bars: all that rounds to the figure")
+            ax.locator_params(axis="x", nbins=5)
+        axes[-1].set_xlabel("active parameters, billions")
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
 
 def draw_flops() -> Figure:
     """Draw what training on one token costs as its context grows: matrices, then attention."""
-    lengths = [2**power for power in range(9, 18)]
+    powers = range(9, 18)
+    lengths = [round(2 ** (step / 16)) for step in range(16 * 9, 16 * 17 + 1)]  # smooth curves
     with style.context():
-        fig = Figure(figsize=(6.5, 3.2), layout="constrained")
+        fig = Figure(figsize=(WIDE, 3.4), layout="constrained")
         ax = fig.subplots()
         costs = [count(preset("v3"), n).flops_training / 1e9 for n in lengths]
         matrices = 6 * count(preset("v3")).active["with head"] / 1e9
-        ax.fill_between(lengths, matrices, color=style.COLOURS[0], alpha=0.4, label="matrices, 6ND")
-        ax.fill_between(lengths, matrices, costs, color=style.COLOURS[1], alpha=0.4, hatch="//",
-                        ec=style.COLOURS[1], lw=0, label="attention")  # fmt: skip
+        ax.fill_between(lengths, matrices, color=style.COLOURS[0], alpha=0.4)
+        ax.fill_between(lengths, matrices, costs, color=style.COLOURS[1], alpha=0.4)
+        for x, y, text in ((2**10.2, 0.5, "matrices, 6ND"), (2**16.1, 1.5, "attention")):
+            on = dict(ha="center", va="center", color="black", bbox=PAPER)
+            ax.text(x, y * matrices, text, **on)
         for n in (4096, 32_768, 131_072):
             cost = count(preset("v3"), n).flops_training / 1e9
             text = f"{n // 1024}K: {cost:,.0f}, attention {1 - matrices / cost:.0%}"
             ax.plot(n, cost, "o", color=style.INK)
-            ax.annotate(text, (n, cost), (-6, 8), textcoords="offset points", ha="right", size=8)
+            side = "center" if n == 4096 else "right"
+            ax.annotate(text, (n, cost), (-6, 8), textcoords="offset points", ha=side)
         ax.set_xscale("log", base=2)
-        ax.set(xlabel="context, tokens", ylabel="GFLOP a token, training", xlim=(512, 2**17))
-        ax.set_xticks(lengths, [f"{n / 1024:g}K" for n in lengths])
-        ax.legend(loc="upper left", fontsize=8)
+        ax.set(xlabel="context, tokens (K: 1,024)", ylabel="GFLOP a token, training")
+        ax.set(xlim=(2**9, 2**17), ylim=(0, 1400))
+        ax.set_xticks([2**power for power in powers], [f"{2**power / 1024:g}K" for power in powers])
     return fig
 
 

@@ -3,11 +3,15 @@
 from dataclasses import asdict, fields
 
 import pytest
+import torch
+from matplotlib.text import Text
 
 from figures import count as figures
 from figures import style
+from minids import check
 from minids.config import Config, preset
 from minids.count import count
+from minids.learn.check import find
 from minids.learn.exercises import count as exercises
 
 V3 = preset("v3")
@@ -65,8 +69,19 @@ def test_figures_are_the_same_bytes_twice(name):
 def test_flops_figure_shows_the_counts():
     (ax,) = figures.draw_flops().axes
     shown = [text.get_text() for text in ax.texts]
-    assert shown == ["4K: 250, attention 12%", "32K: 465, attention 53%",
-                     "128K: 1,202, attention 82%"]  # fmt: skip
+    assert shown == ["matrices, 6ND", "attention", "4K: 250, attention 12%",
+                     "32K: 465, attention 53%", "128K: 1,202, attention 82%"]  # fmt: skip
+    (curve,) = ax.collections[1].get_paths()
+    assert len(curve.vertices) > 200  # on a logarithmic axis few points make corners
+
+
+@pytest.mark.parametrize("name", ["draw_treemap", "draw_active", "draw_flops"])
+def test_letters_stay_readable_on_a_phone(name):
+    """A page for a phone is 358 px wide; a picture of 5 inches shrinks to it by a quarter."""
+    fig = getattr(figures, name)()
+    shrunk = min(1, 358 / (96 * fig.get_figwidth()))
+    shown = [text for text in fig.findobj(Text) if text.get_visible() and text.get_text()]
+    assert min(text.get_fontsize() for text in shown) * 96 / 72 * shrunk > 9
 
 
 def test_sizer_has_every_field_that_decides_a_count():
@@ -89,6 +104,38 @@ def test_sizer_has_every_field_that_decides_a_count():
 def test_sizer_is_the_same_twice():
     assert figures.widget()._repr_html_() == figures.widget()._repr_html_()
     assert repr(figures.widget()).startswith("Explorable('Model sizer")
+
+
+@pytest.mark.parametrize(
+    ("which", "answer", "told"),
+    [
+        ("count.1", "6", "enough must be a whole number, got '6'"),
+        ("count.2", lambda cfg: None, "gave None, expected a number: is a `return` missing?"),
+        ("count.2", lambda cfg: [306], "gave [306], expected a number."),
+        ("count.3", lambda cfg, figure: None, "gave None, expected {'with head'}: is a `return`"),
+        ("count.3", lambda cfg, figure: "with head", "gave 'with head', expected {'with head'}"),
+        ("count.4", lambda cfg, batch, context: torch.ones(3), "expected a number."),
+        ("count.6", lambda cfg, tokens, tflops, usd: 5.0, "must return a pair of numbers"),
+        ("count.6", lambda cfg, tokens, tflops, usd: "ab", "must return a pair of numbers"),
+    ],
+)
+def test_answers_of_a_wrong_kind_are_told_so(which, answer, told):
+    """And not what the check raised when it computed with them."""
+    verdict = check(which, answer)
+    assert not verdict
+    assert told in repr(verdict)
+    assert "raised" not in repr(verdict)
+
+
+def test_lists_are_as_good_as_sets_and_pairs():
+    assert check("count.3", lambda *given: sorted(solved("count.3", "conventions")(*given)))
+    assert check("count.6", lambda *given: list(solved("count.6", "cost")(*given)))
+
+
+def solved(which, name):
+    defined = {}
+    exec(find(which).solution, defined)
+    return defined[name]
 
 
 def test_an_moe_layer_of_the_exercises():

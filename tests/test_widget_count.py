@@ -217,6 +217,9 @@ def test_what_config_refuses_is_not_drawn(alone, changes, fold):
         ("seq_len", "0", "seq_len must be at least 1, got 0"),
         ("tokens", "-1", "tokens must be a positive number, got -1"),
         ("usd", "", "usd must be a positive number, got NaN"),
+        ("gpus", "0.5", "gpus must be an integer >= 1, got 0.5"),
+        ("tokens", "1e300", "tokens is beyond what this figure shows, got 1e+300"),
+        ("tflops", "1e-300", "tflops is beyond what this figure shows, got 1e-300"),
     ],
 )
 def test_training_numbers_are_checked(alone, name, value, words):
@@ -225,6 +228,30 @@ def test_training_numbers_are_checked(alone, name, value, words):
     named(figure, name).fill(value)
     assert named(figure, "refused").text_content() == words
     assert readouts(figure)["hours"] == "–"
+
+
+def test_what_is_small_is_not_shown_as_nothing(alone):
+    figure = alone.locator(".mn-fig")
+    figure.locator("summary", has_text="Training").click()
+    named(figure, "tokens").fill("1e-6")
+    hours = count(preset("v3")).gpu_hours(1e6, MEASURED_TFLOPS)
+    found = readouts(figure)
+    assert [float(found[name].strip("$")) for name in ("hours", "days", "money")] == [
+        float(f"{hours:.1e}"), float(f"{hours / 2048 / 24:.1e}"), float(f"{2 * hours:.1e}"),
+    ]  # fmt: skip
+
+
+def test_names_of_narrow_areas_take_a_line_a_word(alone):
+    lines = alone.evaluate("[...document.querySelectorAll('svg text')].map(e => e.textContent)")
+    assert "one token uses: 36.63 B, 18 times enlarged" in lines
+    at = lines.index("shared")
+    assert lines[at : at + 3] == ["shared", "experts", "2.55 B"]
+
+
+def test_table_fits_a_phone(touch_page):
+    figure = touch_page(f"{CHAPTER}.html").locator(".mn-fig[data-live]").first
+    table = figure.locator(".mn-scroll", has=figure.page.locator("table"))
+    assert table.evaluate("e => e.scrollWidth <= e.clientWidth")
 
 
 def test_context_moves_cache_and_attention(alone):

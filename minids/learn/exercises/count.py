@@ -3,8 +3,10 @@
 Expected numbers come from minids.count, but for the rounding of published figures.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
+from numbers import Number
+from typing import Any
 
 from minids.config import Config, preset
 from minids.count import attention_parameters, count, short
@@ -23,9 +25,9 @@ def hold(layers: float) -> str:
     return f"{layers:g} MoE layers hold {short(layers * moe_layer())} parameters"
 
 
-def enough(answer: object) -> str | None:
+def holds_it(answer: object) -> str | None:
     if isinstance(answer, bool) or not isinstance(answer, int | float) or answer % 1:
-        return f"moe_layers must be a whole number, got {answer!r}."
+        return f"enough must be a whole number, got {answer!r}."
     return None if answer * moe_layer() > CLAIM else f"{hold(answer)}, not more than 67 B."
 
 
@@ -37,15 +39,32 @@ def same_layer(cfg: Config, call: str) -> Callable[..., str | None]:
     return lambda f: differs(f"mla_parameters({call})", f(cfg), attention_parameters(cfg))
 
 
+def not_a_number(call: str, got: object) -> str | None:
+    """Say so before anything is computed with what is no number, such as a missing return."""
+    if isinstance(got, Number) or getattr(got, "ndim", None) == 0:
+        return None
+    return f"{call} gave {got!r:.60}, expected a number" + (
+        ": is a `return` missing?" if got is None else "."
+    )
+
+
 def more_heads(f: Callable[[Config], int]) -> str | None:
     more = preset("toy", n_heads=4)
     want = attention_parameters(more) - attention_parameters(TOY)
-    return differs("from 2 to 4 heads of preset('toy') it", f(more) - f(TOY), want)
+    few = f(TOY)
+    trouble = not_a_number("mla_parameters(preset('toy'))", few)
+    return trouble or differs("from 2 to 4 heads of preset('toy') it", f(more) - few, want)
 
 
 def rounds(name: str, figure: str, *want: str) -> Callable[..., str | None]:
     call = f"conventions(preset('{name}'), '{figure}')"
-    return lambda f: differs(call, set(f(preset(name), figure)), set(want))
+
+    def test(f: Callable[..., Any]) -> str | None:
+        got = f(preset(name), figure)
+        several = isinstance(got, Collection) and not isinstance(got, str)
+        return differs(call, set(got) if several else got, set(want))
+
+    return test
 
 
 def cached(cfg: Config, call: str, batch: int, context: int) -> Callable[..., str | None]:
@@ -57,6 +76,8 @@ def cached(cfg: Config, call: str, batch: int, context: int) -> Callable[..., st
 def heads_free(f: Callable[..., int]) -> str | None:
     few, many = (f(preset("toy", n_heads=heads), 1, 1) for heads in (2, 16))
     call = "cache_bytes(preset('toy', n_heads=16), 1, 1)"
+    if trouble := not_a_number(call, many):
+        return trouble
     return None if few == many else f"{call} gave {many}, with 2 heads it gave {few}."
 
 
@@ -68,16 +89,20 @@ def attends(cfg: Config, call: str, seq_len: int) -> Callable[..., str | None]:
     return lambda f: differs(call, f(cfg, seq_len), want, tolerance=1e-3)
 
 
-def pair(got: object) -> tuple[float, float]:
-    if not isinstance(got, tuple) or len(got) != 2:
-        raise TypeError(f"cost must return a pair (hours, dollars), got {got!r:.60}")
-    return got
+def no_pair(got: Any) -> str | None:
+    pair = isinstance(got, tuple | list) and len(got) == 2
+    if pair and all(isinstance(value, Number) for value in got):
+        return None
+    return f"cost must return a pair of numbers, (hours, dollars), got {got!r:.60}."
 
 
 def costs(cfg: Config, call: str, tokens: float) -> Callable[..., str | None]:
     def test(f: Callable[..., tuple[float, float]]) -> str | None:
         want = count(cfg).gpu_hours(tokens, 385)
-        hours, dollars = pair(f(cfg, tokens, 385, 2))
+        got = f(cfg, tokens, 385, 2)
+        if trouble := no_pair(got):
+            return trouble
+        hours, dollars = got
         call_hours = f"cost({call}, {tokens:g}, 385, 2)[0], the hours,"
         return differs(call_hours, float(hours), want, tolerance=1e-3) or differs(
             "the dollars beside the hours", float(dollars), 2.0 * hours
@@ -87,8 +112,10 @@ def costs(cfg: Config, call: str, tokens: float) -> Callable[..., str | None]:
 
 
 def twice(f: Callable[..., tuple[float, float]]) -> str | None:
-    once, more = pair(f(TOY, 1e9, 385, 2))[0], pair(f(TOY, 2e9, 770, 2))[0]
-    return differs("cost(preset('toy'), 2e9, 770, 2)[0] against (1e9, 385)", more, once)
+    once, more = f(TOY, 1e9, 385, 2), f(TOY, 2e9, 770, 2)
+    if trouble := no_pair(once) or no_pair(more):
+        return trouble
+    return differs("cost(preset('toy'), 2e9, 770, 2)[0] against (1e9, 385)", more[0], once[0])
 
 
 def share_of(cfg: Config) -> float:
@@ -119,27 +146,27 @@ def whole_groups(f: Callable[..., int]) -> str | None:
 
 EXERCISES = (
     Exercise(
-        name="moe_layers",
+        name="enough",
         title="A claim, refuted",
         statement="A page says that V3 has 67 B parameters, 8 B of them active. How many of its MoE"
-        " layers are enough to hold more than 67 billion? Set `moe_layers` to the smallest whole"
+        " layers are enough to hold more than 67 billion? Set `enough` to the smallest whole"
         " number. Then compare attention alone with 8 B.",
-        start="moe_layers = ...\n",
+        start="enough = ...\n",
         properties=(
-            Property("that many layers hold more than 67 billion parameters", enough),
+            Property("that many layers hold more than 67 billion parameters", holds_it),
             Property("one layer less does not", fewest),
         ),
         hints=(
             "One MoE layer was counted in section 4.",
             "Divide 67e9 by the parameters of one MoE layer, and round up.",
-            "67e9 / 11_507_286_272 is 5.8.",
+            "67e9 / 11_507_286_272 is 5.8, and 5 layers are not enough.",
         ),
         solution="""\
 from math import ceil
 
-moe_layers = ceil(67e9 / 11_507_286_272)  # so 58 of them cannot be a tenth of a 67 B model
+enough = ceil(67e9 / 11_507_286_272)  # so 58 of them cannot be a tenth of a 67 B model
 """,
-        wrong={"two matrices an expert": "moe_layers = 9\n", "rounded down": "moe_layers = 5\n"},
+        wrong={"two matrices an expert": "enough = 9\n", "rounded down": "enough = 5\n"},
     ),
     Exercise(
         name="mla_parameters",
@@ -149,7 +176,10 @@ moe_layers = ceil(67e9 / 11_507_286_272)  # so 58 of them cannot be a tenth of a
         " `q_lora_rank = 0` queries come from one matrix, without a norm.",
         start="def mla_parameters(cfg):\n    raise NotImplementedError\n",
         properties=(
-            Property("one rotary key serves all heads", more_heads),
+            Property(
+                "queries, keys, values and output grow with the heads, the rotary key does not",
+                more_heads,
+            ),
             Property(
                 "the layer of toy is counted with both norms", same_layer(TOY, "preset('toy')")
             ),
@@ -401,8 +431,9 @@ def cost(cfg, tokens, tflops, usd):
         name="experts_for_share",
         title="A design: how many experts keep the share?",
         statement="You choose fewer experts a token than V3 and want the same active share. Write"
-        " `experts_for_share(cfg, share)`: the number of routed experts, a multiple of the groups,"
-        " whose `active['with head'] / total` is nearest to `share`. 32 to 512 are enough to try.",
+        " `experts_for_share(cfg, share)`: the number of routed experts, a multiple of"
+        " `cfg.n_expert_groups`, with which a model that is `cfg` otherwise has its"
+        " `active['with head'] / total` nearest to `share`. 32 to 512 are enough to try.",
         start="def experts_for_share(cfg, share):\n    raise NotImplementedError\n",
         properties=(
             Property("V3's share gives V3 back", designs(8)),
