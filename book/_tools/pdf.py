@@ -22,12 +22,9 @@ PLACES = [
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
     "C:/Program Files/Google/Chrome/Application/chrome.exe",
 ]
+# what the theme's own rules for paper leave to do
 STYLE = """
-  .bd-header, .bd-header-article, .bd-sidebar-primary, .bd-sidebar-secondary, .bd-footer,
-  .bd-footer-article, .bd-footer-content, .prev-next-footer, .skip-link, .copybtn, .headerlink,
-  #jb-print-toc, #pst-back-to-top, #pst-skip-link, .pst-async-banner-revealer,
-  .search-button__wrapper, dialog
-    { display: none !important; }
+  .copybtn, #jb-print-toc { display: none !important; }
   html, body { font-size: 10.5pt; background: #fff !important; }
   .bd-main, .bd-content, .bd-article-container, .bd-article, .bd-container, .bd-container__inner
     { display: block !important; margin: 0 !important; padding: 0 !important;
