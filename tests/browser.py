@@ -373,7 +373,10 @@ def thumb(slider: Locator, to: float | None = None) -> tuple[float, float]:
     slider.scroll_into_view_if_needed()
     if to is None:
         to = slider.evaluate("e => (e.value - e.min) / (e.max - e.min)")
-    box = slider.bounding_box()
+    box = None
+    while box != (now := slider.bounding_box()):  # JupyterLab still lays out what came into view
+        box = now
+        slider.page.wait_for_timeout(100)
     assert box is not None
     return box["x"] + 8 + to * (box["width"] - 16), box["y"] + box["height"] / 2
 

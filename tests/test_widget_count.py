@@ -242,7 +242,10 @@ def test_what_is_small_is_not_shown_as_nothing(alone):
 
 
 def test_names_of_narrow_areas_take_a_line_a_word(alone):
-    lines = alone.evaluate("[...document.querySelectorAll('svg text')].map(e => e.textContent)")
+    alone.set_viewport_size({"width": 390, "height": 844})
+    script = "[...document.querySelectorAll('svg text')].map(e => e.textContent)"
+    alone.wait_for_function(f"{script}.includes('shared')")
+    lines = alone.evaluate(script)
     assert "one token uses: 36.63 B, 18 times enlarged" in lines
     at = lines.index("shared")
     assert lines[at : at + 3] == ["shared", "experts", "2.55 B"]
