@@ -31,6 +31,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 56rem; padding: 0 1rem; }
 pre { border: 1px solid #7a7a7a66; border-radius: 6px; overflow-x: auto; padding: .6rem .8rem; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+pre code { background: none !important; }
 h2 { border-bottom: 2px solid #0077bb; margin-top: 2.5rem; }
 h4 { margin-bottom: .3rem; }
 @media print { h2 { break-before: page; } pre { break-inside: avoid; white-space: pre-wrap; } }
@@ -75,7 +76,7 @@ def page(notebook: Path) -> str:
 
 
 def coloured(code: str, language: str, _attributes: str) -> str:
-    return highlight(code, get_lexer_by_name(language or "text"), HtmlFormatter())
+    return highlight(code, get_lexer_by_name(language or "text"), HtmlFormatter(nowrap=True))
 
 
 def delimited(formula: str, options: dict[str, bool]) -> str:
@@ -89,8 +90,8 @@ def to_html(markdown: str) -> str:
     tool = MarkdownIt("commonmark", {"highlight": coloured}).enable("table")
     tool.use(dollarmath_plugin, renderer=delimited)
     title = markdown.partition("\n")[0].removeprefix("# ")
-    code = HtmlFormatter(style="default").get_style_defs()
-    dark = HtmlFormatter(style="github-dark").get_style_defs()
+    code = HtmlFormatter(style="default").get_style_defs("code")
+    dark = HtmlFormatter(style="github-dark").get_style_defs("code")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width">'
