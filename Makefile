@@ -46,7 +46,7 @@ lint: venv
 	$(PY) book/_tools/normalise.py --check
 
 test: lint  ## run every check, the notebooks too
-	@$(PY) tests/browser.py --install  # pages are tested where there is Chromium; a line says if not
+	@$(PY) book/_tools/chromium_program.py --install  # pages are tested where there is Chromium; a line says if not
 	$(PY) -m pytest tests book -p no:cacheprovider --nbval --nbval-current-env \
 	  --nbval-cell-timeout=180 --nbval-sanitize-with=book/_tools/nbval.cfg
 

@@ -1,10 +1,10 @@
 """A browser for tests: Debian's Chromium, on the built site and in JupyterLab, offline.
 
 `tests/conftest.py` hands these fixtures to every test. A page that asks for anything outside of
-this machine fails its test; so does an error in its console. `python tests/browser.py --install`
-gets Chromium where it may; where there is none, tests of pages are skipped, and the end of the run
-says so. To look at a page, use `shot`; to test against a site that is built already, set
-MINIDS_SITE to its folder.
+this machine fails its test; so does an error in its console. book/_tools/chromium_program.py gets
+Chromium where it may; where there is none, tests of pages are skipped, and the end of the run says
+so. To look at a page, use `shot`; to test against a site that is built already, set MINIDS_SITE to
+its folder.
 """
 
 from __future__ import annotations
@@ -28,24 +28,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from chromium_program import MISSING, find_chromium, is_root
 
-if TYPE_CHECKING:  # a machine that runs no page, such as one lent for its GPU, can do without
+if TYPE_CHECKING:  # a machine that runs no page, such as a server with a GPU, can do without
     from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route
 
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "runs" / "screenshots"
-NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
-PLACES = [
-    "/usr/bin/chromium",
-    "/snap/bin/chromium",
-    "/Applications/Chromium.app/Contents/MacOS/Chromium",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    "C:/Program Files/Google/Chrome/Application/chrome.exe",
-]
-MISSING = (
-    "NOT RUN: no Chromium or Chrome here. Get one: `python tests/browser.py --install` as root on "
-    "Debian or Ubuntu, else from chromium.org; or set CHROMIUM to the program"
-)
 FLAGS = [
     "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -58,37 +47,6 @@ KNOWN_ERRORS = {
 }
 START_S = 60  # for a server on a busy machine
 WAIT_MS = 30_000  # for anything on a page
-
-
-def is_root() -> bool:
-    return hasattr(os, "geteuid") and os.geteuid() == 0
-
-
-def find_chromium(places: list[str] | None = None) -> str | None:
-    """Return the program of a Chromium: CHROMIUM if that is set, else on PATH or where usual."""
-    if "CHROMIUM" in os.environ:
-        return shutil.which(os.environ["CHROMIUM"])
-    found = [path for name in NAMES if (path := shutil.which(name))]
-    found += [place for place in (PLACES if places is None else places) if Path(place).is_file()]
-    return found[0] if found else None
-
-
-def install() -> str:
-    """Install Debian's Chromium where apt-get is there and allowed; say what came of it."""
-    if path := find_chromium():
-        return f"Chromium is there: {path}"
-    sudo = [] if is_root() else ["sudo", "-n"]
-    if not shutil.which("apt-get") or (sudo and not shutil.which("sudo")):
-        return MISSING
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 600}
-    offline = ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20"]
-    get = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", *offline]
-    try:
-        subprocess.run([*get, "update"], check=False, **quiet)
-        subprocess.run([*get, "install", "-y", "chromium"], check=False, **quiet)
-    except (OSError, subprocess.TimeoutExpired):
-        return MISSING
-    return f"Chromium installed: {path}" if (path := find_chromium()) else MISSING
 
 
 # The servers
@@ -428,9 +386,3 @@ def run_all(page: Page, timeout_s: float = 180) -> None:
         except Exception:  # Playwright's TimeoutError: try again
             continue
     page.wait_for_function(FINISHED, timeout=timeout_s * 1000)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--install"]:
-        sys.exit("usage: python tests/browser.py --install")
-    print(install())

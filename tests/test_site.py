@@ -18,6 +18,7 @@ import book_equations
 import book_links
 import book_parts
 import browser
+import chromium_program
 import pytest
 
 from minids import count, preset
@@ -589,15 +590,15 @@ def test_a_browser_is_looked_for_and_its_absence_is_told(monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.delenv("CHROMIUM", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert browser.find_chromium([]) == str(program)
+    assert chromium_program.find_chromium([]) == str(program)
     monkeypatch.setenv("PATH", "")
-    assert browser.find_chromium([str(program)]) == str(program)
-    assert browser.find_chromium([]) is None
+    assert chromium_program.find_chromium([str(program)]) == str(program)
+    assert chromium_program.find_chromium([]) is None
     monkeypatch.setenv("CHROMIUM", str(tmp_path / "nothing"))  # who names one means that one
-    assert browser.find_chromium([str(program)]) is None
+    assert chromium_program.find_chromium([str(program)]) is None
     monkeypatch.delenv("CHROMIUM")
-    monkeypatch.setattr(browser, "PLACES", [])
-    assert browser.install() == browser.MISSING
+    monkeypatch.setattr(chromium_program, "PLACES", [])
+    assert chromium_program.install() == chromium_program.MISSING
 
 
 # The glossary

@@ -8,21 +8,12 @@ first look. The site is what `make book` built; nothing is fetched.
 
 import argparse
 import html
-import os
-import shutil
 import sys
 from pathlib import Path
 
 from chapters import BOOK, chapter
+from chromium_program import MISSING, find_chromium, is_root
 
-NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
-PLACES = [
-    "/snap/bin/chromium",
-    "/Applications/Chromium.app/Contents/MacOS/Chromium",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    "C:/Program Files/Google/Chrome/Application/chrome.exe",
-]
-# what the theme's own rules for paper leave to do
 STYLE = """
   .copybtn, #jb-print-toc { display: none !important; }
   html, body { font-size: 10.5pt; background: #fff !important; }
@@ -50,24 +41,11 @@ HEADER = (
 )
 
 
-def find_chromium() -> str:
-    """Return the browser's program: CHROMIUM if set, else as usual; FileNotFoundError if none."""
-    asked = [os.environ["CHROMIUM"]] if "CHROMIUM" in os.environ else [*NAMES, *PLACES]
-    for name in asked:
-        if path := shutil.which(name):
-            return path
-    raise FileNotFoundError(
-        f"no Chromium or Chrome found (looked for {', '.join(asked)}): install one, on Debian and "
-        "Ubuntu with `apt install chromium`, or set CHROMIUM to the program"
-    )
-
-
 def to_pdf(page: Path, out: Path) -> Path:
     """Print a page of the built site to the file `out`; links go to the web, not to this disk."""
     from playwright.sync_api import sync_playwright
 
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
-    flags = ["--disable-gpu", *(["--no-sandbox"] if root else [])]
+    flags = ["--disable-gpu", *(["--no-sandbox"] if is_root() else [])]
     out.parent.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=flags)
@@ -109,7 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         stem = chapter(options.chapter).stem
-        find_chromium()
+        if find_chromium() is None:
+            raise FileNotFoundError(MISSING)
         if not (page := options.site / f"{stem}.html").exists():
             raise FileNotFoundError(f"{page} is missing: `make book` builds it")
     except (ValueError, FileNotFoundError) as error:
