@@ -18,13 +18,16 @@ function refusal(cfg) {
       return `${name} must be an integer >= ${least}, got ${Number.isNaN(value) ? "None" : value}`;
     }
   }
-  const { n_heads, n_kv_heads, qk_rope_head_dim, qk_nope_head_dim } = cfg;
-  if (n_heads % n_kv_heads) {
-    return `n_heads must be a multiple of n_kv_heads, got ${n_heads} and ${n_kv_heads}`;
-  }
+  const { qk_rope_head_dim, qk_nope_head_dim } = cfg;
   // MLA turns R channels of a head, its twins turn N
   const odd = [qk_rope_head_dim, qk_nope_head_dim].find((width) => width % 2);
   return odd ? `the rotated width of a head must be a multiple of 2, got ${odd} and 2` : "";
+}
+
+// a rule of GQA alone: the others are as they were
+function refusalOfGqa({ n_heads, n_kv_heads }) {
+  if (n_heads % n_kv_heads === 0) return "";
+  return `n_heads must be a multiple of n_kv_heads, got ${n_heads} and ${n_kv_heads}`;
 }
 
 function cached(cfg, kind) {
@@ -82,7 +85,7 @@ const rows = KINDS.map(([kind, text]) => ui.el("tr", {}, ui.el("th", { scope: "r
   })));
 results.append(ui.el("div", { class: "mn-scroll" }, ui.el("table", { style: "font-size:0.8rem" },
   ui.el("thead", {}, ui.el("tr", {}, ui.el("td"), ...head)), ui.el("tbody", {}, ...rows))));
-const groups = ui.readout(results, { label: "GQA groups of MLA's cache", name: "groups" });
+const groups = ui.readout(results, { label: "MLA's cache, in groups of GQA", name: "groups" });
 const long = ui.readout(results, { label: "MLA: 131,072 tokens", name: "long" });
 const longMha = ui.readout(results, { label: "MHA: 131,072 tokens", name: "long-mha" });
 
@@ -152,8 +155,13 @@ function show() {
   refused.textContent = refusal(cfg);
   results.hidden = refused.textContent !== "";
   if (results.hidden) return;
+  refused.textContent = refusalOfGqa(cfg);
   const size = Number(dtype.current) * cfg.n_layers;
   for (const [kind] of KINDS) {
+    if (kind === "gqa" && refused.textContent) {
+      for (const [column] of COLUMNS) cells[`gqa-${column}`].textContent = "–";
+      continue;
+    }
     const numbers = cached(cfg, kind);
     cells[`${kind}-cached`].textContent = ui.comma(numbers);
     cells[`${kind}-bytes`].textContent = ui.comma(numbers * size);

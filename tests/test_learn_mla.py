@@ -8,9 +8,10 @@ from einops import rearrange
 
 from figures import mla as figures
 from figures import style
-from minids import Config, Transformer, preset
+from minids import Config, Transformer, check, preset
 from minids.count import attention_parameters, count
 from minids.learn import log
+from minids.learn.check import find
 from minids.learn.experiments import mla as race
 
 RESULTS = log.read("mla")["results"]
@@ -176,3 +177,18 @@ def test_the_alt_text_says_the_numbers_that_are_drawn():
                v3.cache_dim, v3.n_heads]  # fmt: skip
     for number in numbers:
         assert f"{number:,}" in figures.ALT
+
+
+@pytest.mark.parametrize(
+    ("which", "spoils"),
+    [
+        ("mla.3", lambda c, w_ukv, _heads, _nope: (c.zero_(), w_ukv.zero_())),
+        ("mla.4", lambda q, w_uk: q.zero_() + w_uk.zero_()[0]),
+        ("mla.5", lambda *given: [part.zero_() for part in given[:4]]),
+    ],
+)
+def test_an_answer_that_changes_what_it_is_given_spoils_no_later_one(which, spoils):
+    right: dict[str, object] = {}
+    exec(find(which).solution, right)
+    assert not check(which, spoils).right
+    assert check(which, right[find(which).name]).right

@@ -13,6 +13,7 @@ from minids.learn import log
 from minids.learn.experiments.mla import left_over
 
 CHAPTER = "04_mla"
+KINDS = ("mla", "mha", "gqa", "mqa")
 FIELDS = [
     "dim", "n_layers", "n_heads", "n_kv_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
     "qk_rope_head_dim", "v_head_dim",
@@ -32,9 +33,9 @@ def started_from(name: str) -> Config:
     return preset(name, n_kv_heads=figures.lab_data()["presets"][name]["n_kv_heads"])
 
 
-def assert_shows(page, cfg: Config, n_bytes: int = 2) -> None:
+def assert_shows(page, cfg: Config, n_bytes: int = 2, kinds: tuple[str, ...] = KINDS) -> None:
     """Compare all that the first half of the lab says with minids."""
-    for kind in ("mla", "mha", "gqa", "mqa"):
+    for kind in kinds:
         twin = replace(cfg, attn=kind)
         numbers, times = twin.cache_dim, twin.cache_dim / cfg.cache_dim
         assert shown(page, f"{kind}-cached") == f"{numbers:,}"
@@ -131,7 +132,6 @@ def test_lab_equals_minids_on_odd_widths(site_page):
     [
         ({"qk_rope_head_dim": 63}, "mla"),
         ({"qk_nope_head_dim": 127}, "mha"),
-        ({"n_kv_heads": 3}, "gqa"),
         ({"n_kv_heads": 0}, "mla"),
         ({"dim": 0}, "mla"),
         ({"q_lora_rank": -1}, "mla"),
@@ -147,6 +147,19 @@ def test_lab_refuses_what_config_refuses(site_page, fields, attn):
     control(page, "preset").select_option("nano")
     assert shown(page, "refused") == ""
     assert_shows(page, started_from("nano"))
+
+
+@pytest.mark.parametrize("fields", [{"n_kv_heads": 3}, {"n_heads": 129, "n_kv_heads": 8}])
+def test_lab_refuses_gqa_alone_where_groups_do_not_divide_the_heads(site_page, fields):
+    page = site_page(f"{CHAPTER}.html")
+    for field, value in fields.items():
+        control(page, field).fill(str(value))
+    assert shown(page, "refused") == refusal(attn="gqa", **fields)
+    for column in ("cached", "bytes", "times", "parameters"):
+        assert shown(page, f"gqa-{column}") == "–"
+    assert_shows(page, preset("v3", **fields), kinds=("mla", "mha", "mqa"))
+    control(page, "preset").select_option("v3")
+    assert_shows(page, started_from("v3"))
 
 
 @pytest.mark.parametrize(("typed", "told"), [("2.5", "2.5"), ("", "None")])

@@ -53,9 +53,13 @@ def _up(heads: int, nope: int, value: int, latent: int) -> Callable[[Any], str |
     call = f"With T = 3, H = {heads}, N = {nope}, V = {value}, C = {latent}: "
 
     def test(answer: Any) -> str | None:
-        got = answer(c, w_ukv, heads, nope)
-        if not (isinstance(got, tuple | list) and len(got) == 2):
+        got = answer(c.clone(), w_ukv.clone(), heads, nope)  # it may change what it is given
+        if got is None:
+            return f"{call}expected a pair (k, v), got None: is a `return` missing?"
+        if not isinstance(got, tuple | list):
             return f"{call}expected a pair (k, v), got {type(got).__name__}."
+        if len(got) != 2:
+            return f"{call}expected a pair (k, v), got {len(got)} values."
         wants = kv[..., :nope], kv[..., nope:]
         pairs = zip("kv", got, wants, strict=True)
         return next(filter(None, (differs(call + name, g, w) for name, g, w in pairs)), None)
@@ -70,7 +74,14 @@ def _fold(nope: int, latent: int) -> Callable[[Any], str | None]:
     c = torch.randn(3, latent, generator=generator)
     want = q @ (c @ w_uk.T).T
     call = f"fold(q, w_uk) @ c.T, with N = {nope} and C = {latent},"
-    return lambda answer: differs(call, answer(q, w_uk) @ c.T, want)
+
+    def test(answer: Any) -> str | None:
+        got = answer(q.clone(), w_uk.clone())
+        if not isinstance(got, Tensor) or got.shape[-1:] != (latent,):
+            return differs(f"fold(q, w_uk), with N = {nope} and C = {latent},", got, q @ w_uk)
+        return differs(call, got @ c.T, want)
+
+    return test
 
 
 def _few_multiplications(answer: Any) -> str | None:
@@ -94,15 +105,24 @@ def _parts(nope: int, rope: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q_nope, q_rope, k_nope, k_rope
 
 
-def _scores(nope: int, rope: int, start: int = 0) -> Callable[[Any], str | None]:
-    """Compare with Eq. 10's scores, from positions 0 on: only the distance may count."""
+def _unturned(x: Tensor) -> Tensor:
+    return x
+
+
+def _scores(nope: int, rope: int, start: int | None = 0) -> Callable[[Any], str | None]:
+    """Compare with Eq. 10's scores, from positions 0 on: only the distance may count.
+
+    `start` None: a `turn` that does nothing, so that sum and scale are told from the rotation.
+    """
     q_nope, q_rope, k_nope, k_rope = _parts(nope, rope)
     content = einsum(q_nope, k_nope, "t h n, s h n -> h t s")
-    position = einsum(_turn(0, q_rope), _turn(0, k_rope), "t h r, s r -> h t s")
+    by_position = _unturned if start is None else partial(_turn, 0)
+    position = einsum(by_position(q_rope), by_position(k_rope), "t h r, s r -> h t s")
     want = (content + position) / (nope + rope) ** 0.5
-    call = f"scores(...) with N = {nope}, R = {rope}, first position {start}"
-    parts, turn = _parts(nope, rope), partial(_turn, start)
-    return lambda answer: differs(call, answer(*parts, turn), want, 1e-4)
+    turn = _unturned if start is None else partial(_turn, start)
+    where = "a `turn` that does nothing" if start is None else f"first position {start}"
+    call = f"scores(...) with N = {nope}, R = {rope}, {where}"
+    return lambda answer: differs(call, answer(*_parts(nope, rope), turn), want, 1e-4)
 
 
 def _parameters(name: str, **changes: Any) -> Callable[[Any], str | None]:
@@ -339,7 +359,8 @@ EXERCISES = (
             "def scores(q_nope, q_rope, k_nope, k_rope, turn):\n    raise NotImplementedError\n"
         ),
         properties=(
-            Property("content and position are summed, then scaled", _scores(4, 2)),
+            Property("content and position are summed, then scaled", _scores(4, 2, start=None)),
+            Property("the rotary parts turn, and nothing else", _scores(4, 2)),
             Property("positions 100, 101, ... give what 0, 1, ... give", _scores(4, 2, start=100)),
             Property("the scale is right for other widths", _scores(6, 4)),
         ),
