@@ -125,14 +125,14 @@ def _shown(score: Tensor) -> str:
 
 def _loss(score: Tensor, k: int) -> Callable[[Any], str | None]:
     call = f"sequence_wise({_shown(score)}, k={k})"
-    return lambda answer: differs(call, answer(score, k), sequence_loss(score, k).item())
+    return lambda answer: differs(call, answer(score.clone(), k), sequence_loss(score, k).item())
 
 
 def _classic(score: Tensor, k: int) -> Callable[[Any], str | None]:
     ids = score.topk(k).indices
     call = f"auxiliary({_shown(score)}, {ids.tolist()})"
     want = auxiliary_loss(score[None], ids[None]).item()
-    return lambda answer: differs(call, answer(score, ids), want)
+    return lambda answer: differs(call, answer(score.clone(), ids.clone()), want)
 
 
 EXERCISES = (
