@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from figures import style
 from minids.balance import max_vio
 from minids.learn import log
-from minids.learn.experiments.balance import SmallMoE, by_arm, interval
+from minids.learn.experiments.balance import SmallMoE, by_arm
+from minids.learn.interval import interval
 from minids.learn.widget import Explorable, Live, explore, live
 
 LABELS = {
@@ -166,7 +167,7 @@ def cockpit() -> Live:
     alphas = [0, 0.001, 0.01, 0.1, 1.0]
     alpha = widgets.SelectionSlider(options=alphas, value=0, description="α, loss")
     skew = widgets.FloatSlider(value=1.0, min=0, max=2, step=0.1, description="skew")
-    play = widgets.Play(max=10_000, interval=150, description="learn")
+    play = widgets.Play(max=10_000, interval=150, show_repeat=False)
     once, again = widgets.Button(description="one step"), widgets.Button(description="start again")
     screen, state = widgets.HTML(), {"moe": SmallMoE(), "steps": 0}
 
@@ -181,10 +182,11 @@ def cockpit() -> Live:
 
     once.on_click(step)
     again.on_click(restart)
-    play.observe(step, "value")
+    play.observe(lambda change: change.new and step(), "value")  # 0: the stop button
     step()
+    row = widgets.HBox([widgets.Label("learn"), play, once, again])
     box = widgets.VBox([widgets.HBox([speed, alpha, skew], layout={"flex_flow": "row wrap"}),
-                        widgets.HBox([play, once, again]), screen])  # fmt: skip
+                        row, screen])  # fmt: skip
     return live(box, alt="Live router: it learns while you move γ, α and skew; bars show loads.")
 
 

@@ -1,7 +1,6 @@
 """Chapter 08's experiment, its log and its pictures: numbers that a reader is shown."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from minids import preset
 from minids.balance import max_vio
 from minids.learn import log
 from minids.learn.experiments import balance as experiment
+from minids.learn.interval import interval
 
 RUNS = {
     "none": [(2.0, 3.0), (2.2, 1.0)],
@@ -28,26 +28,11 @@ def results() -> dict:
     return {"runs": runs}
 
 
-def test_interval_by_hand():
-    mean, half = experiment.interval([1.0, 2.0, 3.0])  # deviation 1, three runs
-    assert mean == 2.0
-    assert half == pytest.approx(4.303 / math.sqrt(3))
-
-
-@pytest.mark.parametrize("n", [2, 3, 4, 5])
-def test_interval_holds_95_percent_of_students_distribution(n):
-    half = experiment.interval([0.0] * (n - 1) + [1.0])[1]
-    spread = torch.tensor([0.0] * (n - 1) + [1.0]).std().item() / math.sqrt(n)
-    t = torch.linspace(-half / spread, half / spread, 200_001, dtype=torch.float64)
-    density = torch.distributions.StudentT(torch.tensor(n - 1.0, dtype=torch.float64)).log_prob(t)
-    assert torch.trapezoid(density.exp(), t).item() == pytest.approx(0.95, abs=1e-4)
-
-
 def test_losses_are_compared_in_pairs():
     points = figures.frontier(results())
     vio, loss = points["bias 0.01"]
     assert vio[0] == pytest.approx((0.7 + 0.9) / 2)  # means of two layers
-    assert loss == pytest.approx(experiment.interval([-0.1, -0.2]))
+    assert loss == pytest.approx(interval([-0.1, -0.2]))
     assert points["none"][1] == (0.0, 0.0)
 
 
@@ -164,12 +149,16 @@ def test_the_live_cockpit_learns_and_starts_again():
     box = figures.cockpit().widget
     sliders, buttons, screen = box.children
     speed, _, _ = sliders.children
-    _, once, again = buttons.children
+    _, play, once, again = buttons.children
     assert isinstance(screen, widgets.HTML)
     assert "step 1," in screen.value
     first = screen.value
     speed.value = 0.1
     once.click()
     assert "step 2," in screen.value
+    play.value = 1
+    assert "step 3," in screen.value
+    play.value = 0  # what the stop button sets
+    assert "step 3," in screen.value
     again.click()
     assert screen.value == first

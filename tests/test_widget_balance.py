@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
-from browser import drag, shot, swipe
+from browser import drag, run_all, shot, swipe
 
 from figures import balance as figures
 from minids import preset
@@ -183,3 +184,41 @@ def test_on_a_phone_by_touch(touch_page):
     swipe(control(page, "run-step"), 0.7)
     assert int(control(page, "run-step").input_value()) > 15
     shot(page, "balance-phone", full_page=False)
+
+
+@pytest.fixture
+def live_router(lab):
+    """Put the chapter's live router into a notebook of its own; return its name."""
+    cells = ["from figures import balance as pictures", "pictures.cockpit()"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    notebook.metadata["kernelspec"] = dict(name="python3", display_name="Python 3")
+    nbformat.write(notebook, lab.folder / "live_router.ipynb")
+    yield "live_router.ipynb"
+    (lab.folder / "live_router.ipynb").unlink()
+
+
+def test_the_live_router_in_jupyterlab(live_router, lab_page):
+    page = lab_page(live_router)
+    run_all(page)
+    screen = page.locator(".jp-OutputArea-output")
+    screen.get_by_text("step 1,").wait_for()
+    loads = screen.locator(".widget-html-content > div")
+    first = loads.all_inner_texts()
+    seen = experiment.SmallMoE().step().load
+    assert [int(text.split()[2]) for text in first] == seen
+    page.get_by_role("button", name="one step").click()
+    screen.get_by_text("step 2,").wait_for()
+    assert loads.all_inner_texts() != first
+    gamma = screen.get_by_role("slider").first
+    for _ in range(4):  # 0.01
+        gamma.press("ArrowRight")
+    screen.locator(".widget-play button").first.click()
+    page.wait_for_function(  # the dead are back
+        """() => [...document.querySelectorAll('.widget-html-content > div')]
+            .every(row => Number(row.textContent.trim().split(/\\s+/)[2]) > 0)"""
+    )
+    screen.locator(".widget-play button").nth(1).click()
+    shot(page, "balance-cockpit")
+    page.get_by_role("button", name="start again").click()
+    screen.get_by_text("step 1,").wait_for()
+    assert loads.all_inner_texts() == first

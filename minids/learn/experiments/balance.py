@@ -8,8 +8,6 @@ Differs 0.8M parameters and 300 steps of 1,024 tokens, where the papers train 1B
 """
 
 import time
-from collections.abc import Sequence
-from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -132,14 +130,6 @@ def _scored(scores: dict[str, Score]) -> dict[str, Any]:
     )
 
 
-_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile of t, by sample size
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of 2 to 5 runs and the half width of its 95 % interval (Student's t)."""
-    return mean(values), _STUDENT[len(values)] * stdev(values) / len(values) ** 0.5
-
-
 def by_arm(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return the runs of a log arm by arm, in the order of their seeds."""
     return {arm: [run for run in results["runs"] if run["arm"] == arm] for arm in ARMS}
@@ -201,7 +191,7 @@ class SmallMoE:
 def main() -> None:
     """Run every arm with every seed and write the log; only the first seed keeps its frames."""
     torch.set_num_threads(1)
-    print(f"{len(ARMS)} arms x {len(SEEDS)} seeds x {STEPS} steps: about 15 minutes on one core")
+    print(f"{len(ARMS)} arms x {len(SEEDS)} seeds x {STEPS} steps: about 25 minutes on one core")
     start, text, runs = time.perf_counter(), read_text(), []
     for arm, seed in tqdm([(arm, seed) for arm in ARMS for seed in SEEDS], unit=" runs"):
         runs.append(run(arm, seed, text))
