@@ -46,7 +46,8 @@ function drawLoad(node, load) {
     const x = 20 + 42 * e, over = n > fair;
     node.append(ui.svg("rect", { x, y: y(n), width: 30, height: 165 - y(n),
       fill: over ? ORANGE : BLUE, "fill-opacity": e === busiest ? 1 : 0.75 }));
-    node.append(text(x + 15, y(n) - 4, `${n}${over ? "▲" : ""}`), text(x + 15, 181, e));
+    const struck = !over && y(n) - y(fair) < 14; // its number would stand on the fair share's line
+    node.append(text(x + 15, y(n) + (struck ? 14 : -4), `${n}${over ? "▲" : ""}`), text(x + 15, 181, e));
   });
   node.append(line(14, y(fair), 354, y(fair), { "stroke-dasharray": "5 4", stroke: "currentColor" }));
 }
@@ -65,9 +66,10 @@ function drawBias(node, bias, most) {
 
 // series: [{values, label, strong}], all of one length; `at` is the place of the cursor in 0..1
 function drawCurve(node, series, at, lastStep) {
+  const which = series.length > 1 ? ": thick this arm, thin the others" : " over the steps";
   const top = Math.max(0.5, ...series.flatMap((s) => s.values));
   const x = (i, n) => 34 + (316 * i) / Math.max(1, n - 1), y = (v) => 160 - (135 * v) / top;
-  node.replaceChildren(text(180, 14, "MaxVio over the steps (drag here)"));
+  node.replaceChildren(text(180, 14, `MaxVio${which} (drag here)`));
   node.append(ui.svg("rect", { x: 34, y: 20, width: 316, height: 140, fill: "transparent" }));
   for (const tick of [0, top / 2, top]) {
     node.append(line(34, y(tick), 350, y(tick), { "stroke-opacity": 0.4 }),
@@ -167,6 +169,7 @@ function steer(router) {
     options: [["sign", "sign (V3)"], ["proportional", "proportional"]] });
   const each = ui.choice(box, { label: "bias moves after", name: "each",
     options: [["step", "the whole batch (V3)"], ["half", "each half of it"]] });
+  each.style.maxWidth = "14rem";
   const step = ui.slider(box, { label: "step", name: "step", min: 1, max: router.steps, value: 1 });
   playable(box, step, "play", 4);
   const nodes = screens(part, "router", (share) => move(step, 1 + Math.round(share * (router.steps - 1))));
