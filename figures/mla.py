@@ -129,8 +129,8 @@ def _draw_path(ax: Axes, cfg: Config, scale: float) -> None:
 
 def draw_ranks(low: Mapping[str, Any], rank: int = 8) -> Figure:
     """Draw keys and values of a trained MHA layer, made from `rank` numbers, and what is missed."""
-    sample = torch.tensor(low["sample"])
-    u, s, v = torch.linalg.svd(sample, full_matrices=False)
+    sample = torch.tensor(low["sample"], dtype=torch.float64)
+    u, s, v = factors(low["sample"])
     close = u[:, :rank] * s[:rank] @ v[:rank]
     pictures = {"all heads' keys, then values": sample, f"made from {rank} numbers a token": close,
                 "what is missing": sample - close}  # fmt: skip
@@ -147,9 +147,21 @@ def draw_ranks(low: Mapping[str, Any], rank: int = 8) -> Figure:
     return fig
 
 
+def factors(sample: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the singular value decomposition u, s, v, the same four digits on every machine.
+
+    Its signs are free, and libraries choose them differently: here each row of v begins above zero.
+    """
+    u, s, v = torch.linalg.svd(torch.tensor(sample, dtype=torch.float64), full_matrices=False)
+    signs = v[:, 0].sign()
+    return tuple(part.round(decimals=4) for part in (u * signs, s, signs[:, None] * v))
+
+
 def _tinted(matrix: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """Return colours: blue below zero, orange above, stronger for larger values; else clear."""
-    below, above = (torch.tensor(to_rgb(colour)) for colour in style.COLOURS[:2])
+    below, above = (
+        torch.tensor(to_rgb(colour), dtype=torch.float64) for colour in style.COLOURS[:2]
+    )
     colours = torch.where(matrix[..., None] < 0, below, above)
     strength = (matrix.abs() / largest).clamp(max=1) ** 0.6  # small values show too
     return torch.cat([colours, strength[..., None]], dim=-1)
@@ -200,13 +212,8 @@ def lab_data() -> dict[str, Any]:
         presets[name] |= {"label": label, "n_kv_heads": groups}
     results = log.read("mla")["results"]
     arm, sample = results["arms"]["MHA, same heads"], results["ranks"]["sample"]
-    u, s, v = torch.linalg.svd(torch.tensor(sample, dtype=torch.float64), full_matrices=False)
-
-    def rounded(matrix: torch.Tensor) -> list[Any]:
-        return [[round(x, 4) for x in row] for row in matrix.tolist()]
-
-    rank = dict(u=rounded(u), s=[round(x, 4) for x in s.tolist()], v=rounded(v),
-                heads=arm["n_heads"], width=arm["width"])  # fmt: skip
+    u, s, v = (part.tolist() for part in factors(sample))
+    rank = dict(u=u, s=s, v=v, heads=arm["n_heads"], width=arm["width"])
     return dict(presets=presets, order=list(LABELS), rank=rank)
 
 

@@ -266,6 +266,7 @@ def visitor(chromium: Browser) -> Iterator[Visitor]:
 
 def settle(page: Page) -> Page:
     """Wait until the formulas of a page are set."""
+    page.wait_for_load_state("load")  # MathJax's own script is there from then on
     page.evaluate("() => window.MathJax?.startup?.promise?.then(() => null)")
     return page
 

@@ -437,6 +437,7 @@ def test_dark_mode_is_a_button(planted_page):
 def test_a_folder_works_with_the_network_off(planted_page):
     page = planted_page("index.html")
     page.locator("article a", has_text="04 MLA").click()
+    page.wait_for_url("**/04_mla.html")
     browser.settle(page)
     assert page.locator("mjx-container").count() == page.locator(".math").count() > 3
     page.goto(page.url.replace("04_mla.html", "search.html?q=latent"))
