@@ -184,17 +184,18 @@ def cockpit() -> Live:
     again.on_click(restart)
     play.observe(lambda change: change.new and step(), "value")  # 0: the stop button
     step()
-    row = widgets.HBox([widgets.Label("learn"), play, once, again])
-    box = widgets.VBox([widgets.HBox([speed, alpha, skew], layout={"flex_flow": "row wrap"}),
-                        row, screen])  # fmt: skip
+    rows = [speed, alpha, skew], [widgets.Label("learn"), play, once, again]
+    wrap = {"flex_flow": "row wrap"}  # on a phone
+    box = widgets.VBox([*(widgets.HBox(row, layout=wrap) for row in rows), screen])
     return live(box, alt="Live router: it learns while you move γ, α and skew; bars show loads.")
 
 
 def bars(load: Sequence[int], step: int, error: float) -> str:
-    """Return loads as bars of HTML, the fair share in the middle, and a line of numbers."""
+    """Return loads as bars of HTML, ▲ above the fair share, and a line of numbers."""
     fair, vio = sum(load) / len(load), max_vio(torch.tensor(load)).item()
     rows = "".join(
-        f"<div>expert {e} <span style='display:inline-block;height:.8em;width:{6 * n / fair:.2f}em;"
+        f"<div style='white-space:nowrap'>expert {e} "
+        f"<span style='display:inline-block;height:.8em;width:{4 * n / fair:.2f}em;"
         f"background:{style.COLOURS[int(n > fair)]}'></span> {n}{' ▲' if n > fair else ''}</div>"
         for e, n in enumerate(load)
     )

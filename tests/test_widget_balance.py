@@ -213,7 +213,7 @@ def test_the_live_router_in_jupyterlab(live_router, lab_page):
     for _ in range(4):  # 0.01
         gamma.press("ArrowRight")
     screen.locator(".widget-play button").first.click()
-    page.wait_for_function(  # the dead are back
+    page.wait_for_function(  # until every expert is visited
         """() => [...document.querySelectorAll('.widget-html-content > div')]
             .every(row => Number(row.textContent.trim().split(/\\s+/)[2]) > 0)"""
     )

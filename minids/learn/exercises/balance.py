@@ -56,12 +56,15 @@ def _gate(score: list[float], bias: list[float], k: int, scale: float):
 
 def _picks(choice: list[float], groups: int, keep: int) -> Callable[[Any], str | None]:
     """Compare the two experts that a token would then visit."""
-    want = sorted(limit_groups(torch.tensor([choice]), groups, keep, 2)[0].topk(2).indices.tolist())
-    call = f"The two best of keep_groups({choice}, groups={groups}, keep={keep})"
+    limited = limit_groups(torch.tensor([choice]), groups, keep, 2)[0]
+    want = sorted(limited.topk(2).indices.tolist())
+    call = f"keep_groups({choice}, groups={groups}, keep={keep})"
 
     def test(answer: Any) -> str | None:
         got = answer(torch.tensor(choice), groups, keep)
-        return differs(call, sorted(got.topk(2).indices.tolist()), want)
+        if not isinstance(got, Tensor) or got.shape != limited.shape:
+            return differs(call, got, limited)
+        return differs(f"The two best of {call}", sorted(got.topk(2).indices.tolist()), want)
 
     return test
 
