@@ -7,13 +7,13 @@ Seen in README.md, book/01_count.ipynb
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from figures import style
+from figures.treemap import cut
 from minids.config import _CHOICES, _MAY_BE_ZERO, Config, preset
 from minids.count import MEASURED_TFLOPS, REPORTED_TOKENS, TRAINING_BYTES, Counts, count, short
 from minids.learn.widget import Explorable, explore
@@ -110,30 +110,6 @@ def _draw_cache(ax: Axes, cfg: Config) -> None:
     ax.invert_yaxis()
     ax.set(xscale="log", xlim=(1e4, 1e8), xlabel="bytes cached a token, BF16")
     ax.set_title("what a token leaves behind")
-
-
-class Box(NamedTuple):
-    """A rectangle of a treemap."""
-
-    name: str
-    x: float
-    y: float
-    width: float
-    height: float
-
-
-def cut(values: Mapping[str, float], x: float, y: float, width: float, height: float) -> list[Box]:
-    """Cut a rectangle into areas as the values are: the largest first, off the longer side."""
-    left, boxes = sum(values.values()), list[Box]()
-    for name, n in sorted(values.items(), key=lambda item: -item[1]):
-        if width >= height:
-            boxes.append(Box(name, x, y, width * n / left, height))
-            x, width = x + boxes[-1].width, width - boxes[-1].width
-        else:
-            boxes.append(Box(name, x, y, width, height * n / left))
-            y, height = y + boxes[-1].height, height - boxes[-1].height
-        left = left - n or 1  # nothing is left to cut behind the last
-    return boxes
 
 
 def draw_treemap() -> Figure:
