@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minids import PRESETS, preset
+from minids.cli.report import table
 from minids.count import (
     MEASURED_TFLOPS,
     REPORTED_HOURS,
@@ -19,7 +20,6 @@ from minids.count import (
     count_files,
     count_meta,
     short,
-    table,
 )
 
 V3 = count(preset("v3"))

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 from typer.core import TyperGroup
 
 from minids.checkpoint import load
+from minids.cli.report import table
 from minids.config import PRESETS, Config, preset
-from minids.count import MEASURED_TFLOPS, REPORTED_TOKENS, count, count_files, table
+from minids.count import MEASURED_TFLOPS, REPORTED_TOKENS, count, count_files
 from minids.evaluate import evaluate
 from minids.files.corpus import load_corpus
 from minids.files.hf import from_hf

@@ -1,0 +1,95 @@
+"""Groups that share a scale: tiles of 1 x 128 for activations, blocks of 128 x 128 for weights.
+
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 3.3.2, Figure 7a; floor and rounding of scales:
+        inference/kernel.py of the release; layout of scales: README_WEIGHTS.md.
+Dims    rows and cols of the matrices, G and J groups along them (the last ones may be ragged).
+Book    book/11_fp8.ipynb               Kernel  none
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from minids.formats.bits import E4M3
+
+TILE, BLOCK, COLUMN = (1, 128), (128, 128), (128, 1)  # rows x cols of a group
+ACTIVATION_FLOOR = 1e-4  # least max-abs of an activation's tile
+_SMALLEST = E4M3.max * torch.finfo(torch.float32).tiny  # below it a scale would not be normal
+
+
+class Scaled(NamedTuple):
+    """A quantised matrix; one scale multiplies every value of its group (`weight_scale_inv`)."""
+
+    values: Float[Tensor, "*batch rows cols"]  # torch.float8_e4m3fn
+    scale: Float[Tensor, "*batch G J"]  # FP32
+    group: tuple[int, int]
+
+    @property
+    def mT(self) -> "Scaled":  # noqa: N802 (as torch calls it)
+        """The transposed matrix; no value is rounded again."""
+        rows, cols = self.group
+        return Scaled(self.values.mT, self.scale.mT, (cols, rows))
+
+
+def quantise(
+    x: Float[Tensor, "*batch rows cols"],
+    group: tuple[int, int] = TILE,
+    scale_fmt: str | None = None,
+    floor: float = 0.0,
+) -> Scaled:
+    """Round to E4M3 so that each group's largest number lands on 448; "ue8m0" scales are powers of 2.
+
+    A max-abs below `floor` counts as `floor`: zeros get a positive scale. A group that holds a NaN or
+    an infinity comes back as NaN, all of it. Ragged groups are scaled by what they hold.
+    """
+    if scale_fmt not in (None, "ue8m0"):
+        raise ValueError(f"scale_fmt must be None or 'ue8m0', got {scale_fmt!r}")
+    wide = x.float()
+    amax = reduce(_grouped(wide.abs(), group), "... g r j c -> ... g j", "max")
+    scale = amax.clamp(min=max(floor, _SMALLEST)) / E4M3.max
+    if scale_fmt == "ue8m0":
+        scale = next_power_of_two(scale)
+    values = wide / _spread(scale, group, wide)
+    return Scaled(values.clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn), scale, group)
+
+
+def dequantise(
+    x: Scaled, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*batch rows cols"]:
+    """Return value times scale, computed in FP32 and rounded once, to `dtype`."""
+    return (x.values.float() * _spread(x.scale, x.group, x.values)).to(dtype)
+
+
+def next_power_of_two(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return 2^ceil(log2(scale)), exact: UE8M0 stores no digit of a scale, only its exponent."""
+    mantissa, exponent = torch.frexp(scale)  # mantissa in [1/2, 1)
+    rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+    return torch.where(scale.isfinite(), rounded, scale)
+
+
+def scale_shape(shape: tuple[int, ...], group: tuple[int, int]) -> tuple[int, ...]:
+    """Return the shape of a matrix's scales: whole groups and the ragged ones behind them."""
+    *batch, rows, cols = shape
+    return (*batch, math.ceil(rows / group[0]), math.ceil(cols / group[1]))
+
+
+def _grouped(
+    x: Float[Tensor, "*batch rows cols"], group: tuple[int, int]
+) -> Float[Tensor, "*batch G r J c"]:
+    """Cut into groups; ragged ones are filled up with zeros."""
+    rows, cols = group
+    x = F.pad(x, (0, -x.shape[-1] % cols, 0, -x.shape[-2] % rows))
+    return rearrange(x, "... (g r) (j c) -> ... g r j c", r=rows, c=cols)
+
+
+def _spread(
+    scale: Float[Tensor, "*batch G J"], group: tuple[int, int], like: Tensor
+) -> Float[Tensor, "*batch rows cols"]:
+    """Give every element of `like` its group's scale."""
+    spread = repeat(scale, "... g j -> ... (g r) (j c)", r=group[0], c=group[1])
+    return spread[..., : like.shape[-2], : like.shape[-1]]
