@@ -171,6 +171,11 @@ def test_bf16_but_for_the_router_bias(tmp_path, dtype):
     assert_same(load(tmp_path / "again"), found)
 
 
+def test_a_loaded_model_is_in_eval_mode(folder):
+    """In training mode a model whose precision is FP8 rounds; what is read is used as it is."""
+    assert not any(module.training for module in load(folder).modules())
+
+
 def test_one_file_without_an_index(folder):
     tensors = {name: value for path in shards(folder) for name, value in load_file(path).items()}
     for path in [*shards(folder), folder / INDEX]:
@@ -377,7 +382,10 @@ REFUSED = {
     "double": (retype("model.embed_tokens.weight", torch.float64), "must be .*'F32'.*got .*'F64'"),
     "mixed": (retype(UP, torch.bfloat16), f"{UP} must be .*'F32'.*got .*'BF16'"),
     "bias in BF16": (retype(BIAS, torch.bfloat16), f"{BIAS} must be .*'F32'.*got .*'BF16'"),
-    "FP8": (retype(UP, torch.float8_e4m3fn), f"{UP} .*FP8 reading is not available yet"),
+    "FP8": (
+        retype(UP, torch.float8_e4m3fn),
+        f"{UP} must be .*'F32'.*got .*'F8_E4M3'.*: FP8 needs .* quantization_config",
+    ),
     "up": (lambda f: point(f, "../model/x.safetensors"), "../model/x.safetensors: no such file"),
     "up and out": (lambda f: point(f, "../x.safetensors"), "'../x.safetensors' points outside"),
     "absolute": (lambda f: point(f, "/etc/passwd"), "'/etc/passwd' points outside the folder"),
@@ -481,10 +489,12 @@ def test_wrong_arguments(folder, tmp_path, as_in_use):
     for dtype in ("fp16", torch.float16, 3):
         with pytest.raises(ValueError, match="must be 'fp32' or 'bf16', got"):
             load(folder, dtype=dtype)
-    for call in (lambda dtype: load(folder, dtype=dtype), lambda d: save(make(), folder, dtype=d)):
-        for dtype in ("fp8", torch.float8_e4m3fn):
-            with pytest.raises(ValueError, match="fp8 are not available yet"):
-                call(dtype)
+    for dtype in ("fp8", torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=r"got .*; FP8 weights are read as one of them"):
+            load(folder, dtype=dtype)
+    for dtype in ("fp16", torch.float8_e5m2):
+        with pytest.raises(ValueError, match=r"must be 'fp32' or 'bf16' or 'fp8', got [^;]*$"):
+            save(make(), folder, dtype=dtype)
     for device in ("gpu", "cuda:99", "meta"):
         with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
             load(folder, device=device)
@@ -521,7 +531,11 @@ def assert_only(folder: Path, model: Transformer) -> None:
     assert_same(load(folder), model)
 
 
-def test_disk_full(folder, monkeypatch):
+STORED = pytest.mark.parametrize("stored", ["fp32", "fp8"])
+
+
+@STORED
+def test_disk_full(folder, monkeypatch, stored):
     """The second shard cannot be written: errno is what a full disk gives."""
 
     def fail(tensors, path, **options):
@@ -531,18 +545,19 @@ def test_disk_full(folder, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", fail)
     with pytest.raises(OSError, match=r"what it held is untouched: .*No space left"):
-        save(make(seed=2), folder, max_shard_bytes=4000)
+        save(make(seed=2), folder, stored, max_shard_bytes=2000)
     assert_only(folder, make())
 
 
-def test_file_size_limit(folder):
+@STORED
+def test_file_size_limit(folder, stored):
     """Not injected: the operating system itself refuses to write on."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
         with pytest.raises(OSError, match="what it held is untouched"):
-            save(make(seed=2), folder)
+            save(make(seed=2), folder, stored)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -558,18 +573,18 @@ def test_rename_fails(folder, monkeypatch, error):
             raise error("no")
         rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "rename", fail)
+    monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(error):
         save(make(seed=2), folder)
     assert_only(folder, make())
 
 
 KILLED = """
-import os, signal, sys, time, torch
+import os, shutil, signal, sys, time, torch
 from pathlib import Path
 from minids import Transformer, checkpoint, preset
 torch.set_num_threads(1)
-write, rename, remove = checkpoint.save_file, os.rename, checkpoint.shutil.rmtree
+write, rename, remove = checkpoint.save_file, os.rename, shutil.rmtree
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 def save_and_die(folder, where):
@@ -588,7 +603,7 @@ def save_and_die(folder, where):
             die()
         remove(path, **options)
 
-    checkpoint.save_file, os.rename, checkpoint.shutil.rmtree = write_some, rename_some, remove_some
+    checkpoint.save_file, os.rename, shutil.rmtree = write_some, rename_some, remove_some
     for seed in range(2, 1000):
         checkpoint.save(Transformer(preset("toy"), seed=seed), folder, max_shard_bytes=4000)
         (folder.parent / f"saved {seed}").touch()

@@ -7,7 +7,6 @@ Differs MTP modules behind the first (none is released) go on counting layers.
 """
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,12 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minids.config import Config
+from minids.formats.groups import BLOCK, scale_shape
 from minids.model import Transformer
 
-INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # in a safetensors header
-_MAX_JSON_BYTES = 1 << 27  # the release's index has 9 MB
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FP8 = torch.float8_e4m3fn
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", FP8: "F8_E4M3"}  # in a safetensors header
+SCALE = "_scale_inv"  # behind the name of a FP8 weight: the name of its scales
+_MAX_JSON_BYTES = 1 << 27  # the release's index has 9 MB
 _TABLES = {"embed": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
 _COPIES = {"embed": "embed_tokens.weight", "head.weight": "shared_head.head.weight"}  # a MTP module
 # our name inside a layer or MTP module: the published one
@@ -90,16 +91,18 @@ def tensor_names(
     cfg: Config, stored: torch.dtype = torch.bfloat16
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of every tensor in files of `stored` weights; FP8 has block scales."""
-    found = {}
     with torch.device("meta"):
         model = Transformer(cfg)
-    for slot in slots(model):
-        shape, dtype = tuple(slot.value.shape), slot.dtype(stored)
-        found[slot.name] = (shape, dtype)
-        if dtype == FP8:
-            blocks = tuple(math.ceil(width / 128) for width in shape)
-            found[f"{slot.name}_scale_inv"] = (blocks, torch.float32)
-    return found
+    parts = (part for slot in slots(model) for part in _stored(slot, stored))
+    return {name: (shape, dtype) for name, shape, dtype in parts}
+
+
+def _stored(slot: Slot, stored: torch.dtype) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Yield what a file of `stored` weights holds of a slot: it, and in FP8 its scales."""
+    shape, dtype = tuple(slot.value.shape), slot.dtype(stored)
+    yield slot.name, shape, dtype
+    if dtype == FP8:
+        yield slot.name + SCALE, scale_shape(shape, BLOCK), torch.float32
 
 
 def member(folder: Path, name: str) -> Path:
@@ -141,7 +144,7 @@ def _open(path: Path, stack: ExitStack) -> Any:
 def open_shards(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
     """Return file and handle of every tensor; it must be where the index says, and only there."""
     if not os.path.lexists(folder / INDEX):
-        path = member(folder, _SINGLE)
+        path = member(folder, SINGLE)
         file = _open(path, stack)
         return {name: (path, file) for name in file.keys()}
     index = member(folder, INDEX)
@@ -164,23 +167,38 @@ def open_shards(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
 
 
 def check_headers(
-    model: Transformer, folder: Path, found: dict[str, tuple[Path, Any]]
+    model: Transformer, folder: Path, found: dict[str, tuple[Path, Any]], quantised: bool = False
 ) -> torch.dtype:
-    """Return the dtype of the stored weights; ValueError if a name, shape or dtype is wrong."""
-    stored, names = torch.float32, set()
+    """Return the dtype of the stored weights; ValueError if a name, shape or dtype is wrong.
+
+    `quantised` says that config.json has a quantization_config: FP8 is read then, and only then.
+    """
+    stored, names = FP8 if quantised else torch.float32, set()
     for slot in slots(model):
-        if slot.name not in found:
-            raise ValueError(f"{folder}: tensor {slot.name} is missing")
-        path, file = found[slot.name]
-        header = file.get_slice(slot.name)
-        is_now = header.get_dtype(), header.get_shape()
-        if not names and is_now[0] == "BF16":
-            stored = torch.bfloat16  # the first tensor decides for all
-        must_be = CODES[slot.dtype(stored)], list(slot.value.shape)
-        if is_now != must_be:
-            fp8 = " (FP8 reading is not available yet)" if is_now[0].startswith("F8") else ""
-            raise ValueError(f"{path}: {slot.name} must be {must_be}, got {is_now}{fp8}")
-        names.add(slot.name)
+        for name, shape, dtype in _stored(slot, stored):
+            if name not in found:
+                raise ValueError(f"{folder}: tensor {name} is missing (minids count lists all)")
+            path, file = found[name]
+            header = file.get_slice(name)
+            is_now = header.get_dtype(), header.get_shape()
+            if not (names or quantised) and is_now[0] == "BF16":
+                stored = dtype = torch.bfloat16  # the first tensor decides for all
+            must_be = CODES[dtype], list(shape)
+            if is_now != must_be:
+                advice = _advice(name, is_now[0], must_be[0], quantised)
+                raise ValueError(f"{path}: {name} must be {must_be}, got {is_now}{advice}")
+            names.add(name)
     if extra := sorted(found.keys() - names):
-        raise ValueError(f"{found[extra[0]][0]}: unexpected tensor {extra[0]}")
+        bare = extra[0].removesuffix(SCALE)
+        why = f", {bare} is not in FP8 and has no scales" if bare in names else ""
+        raise ValueError(f"{found[extra[0]][0]}: unexpected tensor {extra[0]}{why}")
     return stored
+
+
+def _advice(name: str, is_now: str, must_be: str, quantised: bool) -> str:
+    """Say what to do about a tensor of a wrong dtype or shape, where FP8 is in question."""
+    if is_now == CODES[FP8] and not quantised:
+        return ": FP8 needs its scales and the quantization_config of the release in config.json"
+    if must_be == CODES[FP8] and is_now in CODES.values() and is_now != must_be:
+        return ": other weights than FP8 need a config.json without quantization_config"
+    return ": a FP32 scale a block of 128 x 128" if name.endswith(SCALE) else ""
