@@ -12,6 +12,7 @@ from minids.attention import Attention
 from minids.cache import CacheLayer
 from minids.config import Config
 from minids.ffn import SwiGLU
+from minids.fp8 import recipe
 from minids.mla import MLA
 from minids.moe import MoE, Routed
 from minids.norm import RMSNorm
@@ -26,7 +27,7 @@ class Block(nn.Module):
         self.attn = MLA(cfg) if cfg.attn == "mla" else Attention(cfg)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         dense = index < cfg.n_dense_layers
-        self.ffn = SwiGLU(cfg.dim, cfg.inter_dim) if dense else MoE(cfg)
+        self.ffn = SwiGLU(cfg.dim, cfg.inter_dim, recipe(cfg)) if dense else MoE(cfg)
 
     def forward(
         self,

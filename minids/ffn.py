@@ -9,17 +9,21 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minids import fp8
 from minids.linear import Linear
 
 
 class SwiGLU(nn.Module):
     """W_down( silu(W_gate x) * W_up x )."""
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, recipe: fp8.Recipe | None = None):
         super().__init__()
-        self.w_gate = Linear(dim, hidden_dim)
-        self.w_up = Linear(dim, hidden_dim)
-        self.w_down = Linear(hidden_dim, dim)
+        self.w_gate = Linear(dim, hidden_dim, recipe)
+        self.w_up = Linear(dim, hidden_dim, recipe)
+        self.w_down = Linear(hidden_dim, dim, recipe)
 
     def forward(self, x: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
-        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
+        gate, up = self.w_gate(x), self.w_up(x)
+        if self.w_down.recipe is not None and self.training:
+            return fp8.gated_linear(gate, up, self.w_down.weight, self.w_down.recipe)
+        return self.w_down(F.silu(gate) * up)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minids.attention import attend
 from minids.cache import CacheLayer
 from minids.config import Config
+from minids.fp8 import AFTER_ATTENTION, recipe
 from minids.linear import Linear
 from minids.norm import RMSNorm
 from minids.rope import rotate, softmax_scale
@@ -42,17 +43,18 @@ class MLA(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.scale = softmax_scale(cfg)
-        q_dim = cfg.n_heads * cfg.qk_head_dim
+        how, q_dim = recipe(cfg), cfg.n_heads * cfg.qk_head_dim
         if cfg.q_lora_rank:
-            self.w_dq = Linear(cfg.dim, cfg.q_lora_rank)
+            self.w_dq = Linear(cfg.dim, cfg.q_lora_rank, how)
             self.q_norm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps)
-            self.w_uq = Linear(cfg.q_lora_rank, q_dim)
+            self.w_uq = Linear(cfg.q_lora_rank, q_dim, how)
         else:
-            self.w_q = Linear(cfg.dim, q_dim)
-        self.w_dkv = Linear(cfg.dim, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+            self.w_q = Linear(cfg.dim, q_dim, how)
+        self.w_dkv = Linear(cfg.dim, cfg.kv_lora_rank + cfg.qk_rope_head_dim, how)
         self.kv_norm = RMSNorm(cfg.kv_lora_rank, cfg.norm_eps)
-        self.w_ukv = Linear(cfg.kv_lora_rank, cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim))
-        self.w_o = Linear(cfg.n_heads * cfg.v_head_dim, cfg.dim)
+        kv_dim = cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+        self.w_ukv = Linear(cfg.kv_lora_rank, kv_dim, how)
+        self.w_o = Linear(cfg.n_heads * cfg.v_head_dim, cfg.dim, recipe(cfg, AFTER_ATTENTION))
 
     def forward(
         self,
@@ -67,6 +69,8 @@ class MLA(nn.Module):
         latent = self.latents(x, phase)
         if cache is not None:
             latent = cache.append(latent)
+        if absorb is None and self.training and self.w_ukv.recipe is not None:
+            absorb = False  # an absorbed matrix is no FP8 product
         if absorb is None:
             absorb = absorbing_is_cheaper(self.cfg, x.shape[1], latent.shape[1])
         attend = self.attend_absorbed if absorb else self.attend_naive

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minids.balance import auxiliary_loss, expert_load, sequence_loss
 from minids.config import Config
 from minids.ffn import SwiGLU
+from minids.fp8 import INTO_EXPERTS, OUT_OF_EXPERTS, Recipe, gated_linear, linear, recipe
 from minids.router import Router
 
 
@@ -34,23 +35,40 @@ class Experts(nn.Module):
         experts, width, hidden = cfg.n_routed_experts, cfg.dim, cfg.moe_inter_dim
         self.w_gate_up = nn.Parameter(torch.empty(experts, 2, hidden, width))
         self.w_down = nn.Parameter(torch.empty(experts, width, hidden))
+        self.recipes = recipe(cfg, INTO_EXPERTS), recipe(cfg, OUT_OF_EXPERTS)
 
     def forward(
         self, x: Float[Tensor, "BT D"], gate: Float[Tensor, "BT K"], ids: Int[Tensor, "BT K"]
     ) -> Float[Tensor, "BT D"]:
         """Sort the BT*K visits by expert, run each expert once on its rows, sum each token's."""
-        if len(x) == 1:  # a decoded token has nothing to sort
+        into, out = self.recipes if self.training else (None, None)
+        if len(x) == 1 and into is None:  # a decoded token has nothing to sort
             return self._one_token(x, gate, ids)
         order = rearrange(ids, "bt k -> (bt k)").argsort(stable=True)
         place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
         load = expert_load(ids, len(self.w_down))
         # lookups and their gradients add in a fixed order on every device, index_add does not
         visits = F.embedding(order // ids.shape[-1], x)  # rows of one expert are neighbours now
-        w_gate_up = rearrange(self.w_gate_up, "e two f d -> e (two f) d")
-        gate_half, up_half = matmul_by_expert(visits, w_gate_up, load).chunk(2, dim=-1)
-        y = matmul_by_expert(F.silu(gate_half) * up_half, self.w_down, load)
+        if into is not None and out is not None:
+            y = self._in_fp8(visits, load, into, out)
+        else:
+            w_gate_up = rearrange(self.w_gate_up, "e two f d -> e (two f) d")
+            gate_half, up_half = matmul_by_expert(visits, w_gate_up, load).chunk(2, dim=-1)
+            y = matmul_by_expert(F.silu(gate_half) * up_half, self.w_down, load)
         rows = place.unflatten(-1, ids.shape)
         return F.embedding_bag(rows, y, mode="sum", per_sample_weights=gate.to(y.dtype))  # Eq. 12
+
+    def _in_fp8(
+        self, visits: Float[Tensor, "visits D"], load: Int[Tensor, " E"], into: Recipe, out: Recipe
+    ) -> Float[Tensor, "visits D"]:
+        """Run each expert in FP8: the groups of tokens in its weight gradients are its own."""
+        parts = (visits.split(load.tolist()), self.w_gate_up.unbind(0), self.w_down.unbind(0))
+        y = []
+        for rows, w_gate_up, w_down in zip(*parts, strict=True):
+            if len(rows):
+                gate, up = (linear(rows, half, into) for half in w_gate_up.unbind(0))
+                y.append(gated_linear(gate, up, w_down, out))
+        return torch.cat(y)
 
     def _one_token(
         self, x: Float[Tensor, "1 D"], gate: Float[Tensor, "1 K"], ids: Int[Tensor, "1 K"]
@@ -116,7 +134,7 @@ class MoE(nn.Module):
         self.router = Router(cfg)
         self.experts = Experts(cfg)
         width = cfg.n_shared_experts * cfg.moe_inter_dim
-        self.shared = SwiGLU(cfg.dim, width) if width else None
+        self.shared = SwiGLU(cfg.dim, width, recipe(cfg)) if width else None
 
     def forward(
         self, x: Float[Tensor, "B T D"], stats: bool = False

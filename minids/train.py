@@ -1,6 +1,6 @@
 """Training: gradients of a batch, one optimiser step, one move of the router biases, one log line.
 
-Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.2; bias rule 2.1.2; loss Eq. 25.
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.2; bias rule 2.1.2; loss Eq. 25; moments 3.3.3.
 Dims    B sequences of a batch, T targets of each (T1 = T + 1 tokens), E routed experts.
 Book    book/14_train.ipynb             Kernel  none
 Differs the report does not say which weights decay: here every matrix (embedding, head and router
@@ -46,11 +46,24 @@ class Run(NamedTuple):
 
 
 def make_optimizer(model: Transformer) -> AdamW:
-    """Return AdamW as in section 4.2: betas 0.9 and 0.95, weight decay 0.1 of matrices."""
+    """Return AdamW as in section 4.2: betas 0.9 and 0.95, weight decay 0.1 of matrices.
+
+    Where the model trains in FP8 its moments wait in BF16, and weights stay FP32 (section 3.3.3).
+    """
     decay = [weight for weight in model.parameters() if weight.ndim > 1]
     keep = [weight for weight in model.parameters() if weight.ndim == 1]
     groups = [dict(params=decay, weight_decay=0.1), dict(params=keep, weight_decay=0.0)]
-    return AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    optimizer = AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    if model.cfg.precision == "fp8":
+        optimizer.register_step_pre_hook(lambda self, *_: _cast_moments(self, torch.float32))
+        optimizer.register_step_post_hook(lambda self, *_: _cast_moments(self, torch.bfloat16))
+    return optimizer
+
+
+def _cast_moments(optimizer: Optimizer, dtype: torch.dtype) -> None:
+    for state in optimizer.state.values():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = state[moment].to(dtype)
 
 
 def take_step(
@@ -68,7 +81,7 @@ def take_step(
     Losses are in nats a target of the whole batch, whatever `micro_batches` it is cut into.
     Raises FloatingPointError, weights and biases untouched, for a loss or gradient not finite.
     """
-    n_targets, half = count_targets(tokens, documents), model.cfg.precision == "bf16"
+    n_targets, half = count_targets(tokens, documents), model.cfg.precision != "fp32"
     sums, load = torch.zeros(2 + model.cfg.mtp_depth), torch.zeros((), dtype=torch.int64)
     cuts = (tokens.chunk(micro_batches), documents.chunk(micro_batches))
     for rows, marks in zip(*cuts, strict=True):
@@ -189,8 +202,6 @@ def _check(
     cfg: Config, schedule: Schedule, seq_len, micro_batches, folder, device, save_every
 ) -> None:
     """Raise ValueError for what would else show hours later, or in words from deep inside."""
-    if cfg.precision == "fp8":
-        raise ValueError("FP8 training is not available yet: use precision 'bf16' or 'fp32'")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} needs a GPU that torch can use; this machine has none")
     if not 1 + cfg.mtp_depth <= seq_len <= cfg.max_seq_len:

@@ -1,0 +1,230 @@
+"""FP8 products: both operands in eight bits, scales by group, sums in FP32, forward and backward.
+
+Paper   DeepSeek-V3 (arXiv:2412.19437), sections 3.3.1-3.3.3, Figures 6 and 7; App. B.2.
+Dims    M rows (tokens), I and O widths of a weight, G and J groups, K the summed axis of a product.
+Book    book/11_fp8.ipynb               Kernel  none
+Differs weights and gradients have no published floor of a scale: here only zeros are lifted.
+        The E5M6 cache keeps the tile scales of the forward operand. Dense layers' SwiGLU is cached
+        as the experts' (the report says it of MoE).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import pack, repeat, unpack
+from jaxtyping import Float
+from torch import Tensor
+
+from minids.config import Config
+from minids.formats.bits import E4M3, E5M2, E5M6, Format, round_to
+from minids.formats.groups import (
+    ACTIVATION_FLOOR,
+    BLOCK,
+    COLUMN,
+    TILE,
+    Scaled,
+    dequantise,
+    quantise,
+)
+
+__all__ = [
+    "AFTER_ATTENTION", "BLOCK", "COLUMN", "E4M3", "E5M2", "E5M6", "INTO_EXPERTS", "MOST",
+    "OUT_OF_EXPERTS",
+    "TILE", "Recipe", "Scaled", "can_use_fp8_cores", "dequantise", "gated_linear", "linear",
+    "quantise", "recipe", "scaled_matmul",
+]  # fmt: skip
+_DEPTH = 128  # N_C: products that are summed before their scale is applied
+
+
+class Recipe(NamedTuple):
+    """How the operands of one layer's three products are stored; the defaults are most layers'."""
+
+    scale_fmt: str | None = None  # of the weight's scales
+    input_scale: str | None = None  # "ue8m0" behind attention and before experts (3.3.3)
+    grad_scale: str | None = None  # of the output's gradient; "ue8m0" behind experts (3.3.3)
+    cached: Format = E4M3  # how the input waits for backward; E5M6 behind attention (3.3.3)
+    grad_group: tuple[int, int] = TILE  # of the input gradient; BLOCK diverged (App. B.2)
+
+
+# the formats of section 3.3.3: powers of two where a tensor is grouped again or sent to experts
+MOST = Recipe()
+AFTER_ATTENTION = Recipe(input_scale="ue8m0", cached=E5M6)
+INTO_EXPERTS, OUT_OF_EXPERTS = Recipe(input_scale="ue8m0"), Recipe(grad_scale="ue8m0")
+
+
+def recipe(cfg: Config, special: Recipe = MOST) -> Recipe | None:
+    """Return how a layer with these `special` roles is stored; None if `cfg` is not FP8.
+
+    With `cfg.scale_fmt` "ue8m0" (V3.1) every scale is a power of two.
+    """
+    if cfg.precision != "fp8":
+        return None
+    if cfg.scale_fmt is None:
+        return special
+    return special._replace(scale_fmt="ue8m0", input_scale="ue8m0", grad_scale="ue8m0")
+
+
+def scaled_matmul(a: Scaled, b: Scaled, dtype: torch.dtype = torch.float32) -> Float[Tensor, "M N"]:
+    """Return a b^T: each 128 products are summed, scaled, and added in FP32 (Figure 7b).
+
+    Both operands are grouped by 128 along their last axis, ragged at its end. On the tensor cores
+    where torch offers it, else the same sum in FP32 by ordinary products.
+    """
+    if a.group[1] != _DEPTH or b.group[1] != _DEPTH or a.values.shape[-1] != b.values.shape[-1]:
+        got = f"{list(a.values.shape)} by {a.group} and {list(b.values.shape)} by {b.group}"
+        raise ValueError(f"operands must share a last axis in groups of {_DEPTH}, got {got}")
+    if can_use_fp8_cores(a, b):
+        return _on_fp8_cores(a, b, dtype)
+    total = torch.zeros(len(a.values), len(b.values), device=a.values.device)
+    parts = (a.values.split(_DEPTH, -1), b.values.split(_DEPTH, -1), a.scale.mT, b.scale.mT)
+    for a_part, b_part, a_scale, b_scale in zip(*parts, strict=True):
+        scale = _by_row(a_scale, a)[:, None] * _by_row(b_scale, b)
+        total += F.linear(a_part.float(), b_part.float()) * scale
+    return total.to(dtype)
+
+
+def _by_row(scale: Float[Tensor, " G"], x: Scaled) -> Float[Tensor, " rows"]:
+    return repeat(scale, "g -> (g r)", r=x.group[0])[: len(x.values)]
+
+
+def can_use_fp8_cores(a: Scaled, b: Scaled) -> bool:
+    """Say whether torch multiplies these on tensor cores: a Hopper GPU, whole groups of 128."""
+    x = a.values
+    return (
+        x.is_cuda
+        and torch.cuda.get_device_capability(x.device) == (9, 0)
+        and {a.group, b.group} <= {TILE, BLOCK}
+        and TILE in (a.group, b.group)
+        and x.shape[-1] % _DEPTH == 0
+        and len(b.values) % _DEPTH == 0
+        and (a.group == TILE or len(x) % _DEPTH == 0)
+    )
+
+
+def _on_fp8_cores(a: Scaled, b: Scaled, dtype: torch.dtype) -> Float[Tensor, "M N"]:
+    """Call torch's product by groups: rows and blocks' scales come in fours."""
+    rows, out = len(a.values), torch.float32 if dtype == torch.float32 else torch.bfloat16
+    values, scales, kinds = [], [], []
+    for x in (a, b):
+        tile = x.group == TILE
+        lines = -len(x.values) % 4 if tile else 0
+        values.append(F.pad(x.values.view(torch.uint8), (0, 0, 0, lines)).view(x.values.dtype))
+        if tile:
+            scales.append(F.pad(x.scale, (0, 0, 0, lines)).mT.contiguous().mT)
+            kinds.append(F.ScalingType.BlockWise1x128)
+        else:
+            scales.append(F.pad(x.scale, (0, -x.scale.shape[-1] % 4)).contiguous().mT)
+            kinds.append(F.ScalingType.BlockWise128x128)
+    a_values, b_values = (x.contiguous() for x in values)
+    y = F.scaled_mm(
+        a_values, b_values.mT, scales[0], kinds[0], scales[1], kinds[1], output_dtype=out
+    )
+    return y[:rows].to(dtype)
+
+
+def linear(
+    x: Float[Tensor, "*shape I"], weight: Float[Tensor, "O I"], how: Recipe
+) -> Float[Tensor, "*shape O"]:
+    """Return W x, the product and both of its gradients in FP8 (Figure 6).
+
+    Forward and input gradient group activations by tiles along the summed axis, weights by blocks;
+    the weight gradient sums over tokens, so both of its operands are grouped again by 128 tokens.
+    The output has autocast's dtype, or the input's; the weight's gradient is summed in FP32.
+    """
+    dtype = _output_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Linear.apply(x, weight, how, dtype)  # pyright: ignore[reportReturnType]
+
+
+def gated_linear(
+    gate: Float[Tensor, "*shape I"],
+    up: Float[Tensor, "*shape I"],
+    weight: Float[Tensor, "O I"],
+    how: Recipe,
+) -> Float[Tensor, "*shape O"]:
+    """Return W (silu(gate) * up) as `linear` does; only FP8 copies of gate and up wait (3.3.3)."""
+    dtype = _output_dtype(gate)
+    with torch.autocast(gate.device.type, enabled=False):
+        return _GatedLinear.apply(gate, up, weight, how, dtype)  # pyright: ignore[reportReturnType]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, how, dtype):
+        rows, ctx.shape = pack([x], "* i")
+        tiles = quantise(rows, TILE, how.input_scale, ACTIVATION_FLOOR)
+        w = quantise(weight, BLOCK, how.scale_fmt)
+        ctx.save_for_backward(*w[:2], *_cached(rows, tiles, how)[:2])
+        ctx.how, ctx.dtypes = how, (x.dtype, weight.dtype)
+        return _unpack(scaled_matmul(tiles, w, dtype), ctx.shape)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        how, (w, cached) = ctx.how, _operands(ctx, BLOCK, TILE)
+        dy, _ = pack([grads[0]], "* o")
+        dx = _unpack(input_gradient(dy, w, how, ctx.dtypes[0]), ctx.shape)
+        return dx, weight_gradient(dy, dequantise(cached), how).to(ctx.dtypes[1]), None, None
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, weight, how, dtype):
+        rows, ctx.shape = pack([F.silu(gate) * up], "* i")
+        tiles = quantise(rows, TILE, how.input_scale, ACTIVATION_FLOOR)
+        w = quantise(weight, BLOCK, how.scale_fmt)
+        halves = (quantise(pack([half], "* i")[0], TILE, how.scale_fmt) for half in (gate, up))
+        ctx.save_for_backward(*w[:2], *(part for half in halves for part in half[:2]))
+        ctx.how, ctx.dtypes = how, (gate.dtype, weight.dtype)
+        return _unpack(scaled_matmul(tiles, w, dtype), ctx.shape)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        how, (w, *halves) = ctx.how, _operands(ctx, BLOCK, TILE, TILE)
+        dy, _ = pack([grads[0]], "* o")
+        gate, up = (dequantise(half) for half in halves)
+        dw = weight_gradient(dy, F.silu(gate) * up, how)  # the product is made again
+        d_hidden = input_gradient(dy, w, how, torch.float32)
+        sigmoid = gate.sigmoid()
+        d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+        d_up = d_hidden * gate * sigmoid
+        dx = (_unpack(half.to(ctx.dtypes[0]), ctx.shape) for half in (d_gate, d_up))
+        return *dx, dw.to(ctx.dtypes[1]), None, None
+
+
+def input_gradient(
+    dy: Float[Tensor, "M O"], w: Scaled, how: Recipe, dtype: torch.dtype
+) -> Float[Tensor, "M I"]:
+    """Return dY W: tiles along the outputs, the blocks of the forward product (Dgrad)."""
+    return scaled_matmul(quantise(dy, how.grad_group, how.grad_scale), w.mT, dtype)
+
+
+def weight_gradient(
+    dy: Float[Tensor, "M O"], x: Float[Tensor, "M I"], how: Recipe
+) -> Float[Tensor, "O I"]:
+    """Return dY^T X in FP32: both operands grouped by 128 tokens of one channel (Wgrad)."""
+    columns = quantise(dy, COLUMN, how.grad_scale), quantise(x, COLUMN, how.input_scale)
+    return scaled_matmul(columns[0].mT, columns[1].mT)
+
+
+def _cached(x: Float[Tensor, "M I"], tiles: Scaled, how: Recipe) -> Scaled:
+    """Return what waits for backward: the operand itself, or more digits of it on its scales."""
+    if how.cached == E4M3:
+        return tiles
+    finer = round_to(dequantise(Scaled(x, 1 / tiles.scale, TILE)), how.cached)
+    return Scaled(finer.bfloat16(), tiles.scale, TILE)  # E5M6 fits into BF16
+
+
+def _operands(ctx, *groups: tuple[int, int]) -> list[Scaled]:
+    saved = ctx.saved_tensors
+    pairs = zip(saved[::2], saved[1::2], groups, strict=True)
+    return [Scaled(values, scale, group) for values, scale, group in pairs]
+
+
+def _unpack(rows: Float[Tensor, "M I"], shape) -> Float[Tensor, "*shape I"]:
+    return unpack(rows, shape, "* i")[0]
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
