@@ -26,6 +26,7 @@ from minids.formats.groups import (
     Scaled,
     dequantise,
     quantise,
+    widen,
 )
 
 __all__ = [
@@ -80,7 +81,7 @@ def scaled_matmul(a: Scaled, b: Scaled, dtype: torch.dtype = torch.float32) -> F
     parts = (a.values.split(_DEPTH, -1), b.values.split(_DEPTH, -1), a.scale.mT, b.scale.mT)
     for a_part, b_part, a_scale, b_scale in zip(*parts, strict=True):
         scale = _by_row(a_scale, a)[:, None] * _by_row(b_scale, b)
-        total += F.linear(a_part.float(), b_part.float()) * scale
+        total += F.linear(widen(a_part), widen(b_part)) * scale
     return total.to(dtype)
 
 

@@ -46,7 +46,8 @@ def quantise(
     """Round to E4M3, each group's largest number to 448; "ue8m0" scales are powers of two.
 
     A max-abs below `floor` counts as `floor`: zeros get a positive scale. A group that holds NaN or
-    an infinity comes back as NaN, all of it. Ragged groups are scaled by what they hold.
+    an infinity comes back as NaN, all of it; with "ue8m0" the largest numbers of FP32, from 3.29e38,
+    may come back infinite. Ragged groups are scaled by what they hold.
     """
     if scale_fmt not in (None, "ue8m0"):
         raise ValueError(f"scale_fmt must be None or 'ue8m0', got {scale_fmt!r}")
@@ -61,16 +62,29 @@ def quantise(
 
 def dequantise(x: Scaled, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*batch rows cols"]:
     """Return value times scale, computed in FP32 and rounded once, to `dtype`."""
-    if (
-        x.group == BLOCK
-        and x.values.device.type == "cpu"
-        and x.values.numel()
-        and not _is_special(x)
-    ):
+    in_bits = x.values.is_cpu and x.values.dtype == torch.float8_e4m3fn and x.values.numel()
+    if not in_bits or _is_special(x):
+        wide = x.values.float()
+    elif x.group == BLOCK:
         out = torch.empty(x.values.shape, dtype=dtype)
         _expand(x.values, x.scale, out)
         return out
-    return (x.values.float() * _spread(x.scale, x.group, x.values)).to(dtype)
+    else:
+        wide = widen(x.values)
+    return (wide * _spread(x.scale, x.group, x.values)).to(dtype)
+
+
+def widen(values: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch rows cols"]:
+    """Return E4M3 values as FP32, on a CPU three times as fast as torch's cast; NaN codes as 480.
+
+    The groups of `quantise` hold NaN codes only where their scale is not finite either.
+    """
+    return 256 * _as_half(values).float() if values.is_cpu else values.float()
+
+
+def _as_half(values: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch rows cols"]:
+    """Move the seven low bits up to the exponent of a half: the same number divided by 256."""
+    return ((values.view(torch.int8).to(torch.int16) << 7) & ~0x407F).view(torch.float16)
 
 
 def _is_special(x: Scaled) -> bool:
@@ -84,8 +98,7 @@ def _expand(
 ) -> None:
     """Fill `out` with value times scale; on a CPU about 30 times as fast as torch's own cast.
 
-    The seven low bits of an E4M3 number, moved up to the exponent of a half, are the same number
-    divided by 256, subnormal ones too. A few rows at a time stay in the processor's cache.
+    A few rows at a time stay in the processor's cache.
     """
     if values.ndim > 2:
         for parts in zip(values, scale, out, strict=True):
@@ -94,8 +107,7 @@ def _expand(
     rows, cols = values.shape
     wide = 256 * repeat(scale, "g j -> g (j c)", c=BLOCK[1])[:, :cols]
     for start in range(0, rows, _CACHED_ROWS):
-        code = values[start : start + _CACHED_ROWS].view(torch.int8).to(torch.int16)
-        small = ((code << 7) & ~0x407F).view(torch.float16)
+        small = _as_half(values[start : start + _CACHED_ROWS])
         out[start : start + _CACHED_ROWS] = small * wide[start // BLOCK[0]]
 
 
