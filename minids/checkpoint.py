@@ -16,25 +16,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from minids.files.folder import readable, replaced
-from minids.files.hf import from_hf, to_hf
+from minids.files.folder import replaced
+from minids.files.hf import to_hf
+from minids.files.opened import CONFIG, DTYPES, check_device, dtype_of, open_checkpoint
 from minids.files.scaled import read_value, written, written_bytes
-from minids.files.shards import (
-    FP8,
-    INDEX,
-    Slot,
-    check_headers,
-    member,
-    open_shards,
-    read_json,
-    slots,
-)
+from minids.files.shards import FP8, INDEX, Slot, slots
 from minids.model import Transformer
 from minids.rope import frequencies
 from minids.tokenizer import save_tokenizer
-
-_CONFIG = "config.json"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": FP8}
 
 
 def save(
@@ -52,15 +41,15 @@ def save(
     is `.NAME.old`: `load` finds it. Without a `tokenizer` the folder keeps its own. ValueError for
     what cannot be written or replaced, OSError when writing fails.
     """
-    stored = _dtype(model.embed.dtype if dtype is None else dtype, *_DTYPES)
+    stored = dtype_of(model.embed.dtype if dtype is None else dtype, *DTYPES)
     if model.embed.is_meta:
         raise ValueError("the model has no values to save: it is on the meta device")
     if tokenizer is not None and (words := tokenizer.get_vocab_size()) > model.cfg.vocab_size:
         raise ValueError(f"the tokenizer has {words} tokens, vocab_size is {model.cfg.vocab_size}")
-    config = to_hf(model.cfg, next(name for name, kind in _DTYPES.items() if kind == stored))
+    config = to_hf(model.cfg, next(name for name, kind in DTYPES.items() if kind == stored))
     with replaced(folder) as new:
         _write_shards(model, new, stored, max_shard_bytes)
-        (new / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             save_tokenizer(tokenizer, new)
 
@@ -101,42 +90,13 @@ def load(
     tensor is read. Raises ValueError or FileNotFoundError with the file and what is wrong in it.
     Nothing is unpickled. Call `.train()` to go on training.
     """
-    wanted = None if dtype is None else _dtype(dtype, "fp32", "bf16")
-    try:
-        torch.empty(0, device=device).cpu()  # the meta device has nothing to give
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used: {error}") from None
-    folder = readable(folder)
-    config = member(folder, _CONFIG)
-    published = read_json(config)
-    try:
-        cfg = from_hf(published)
-    except ValueError as error:
-        raise ValueError(f"{config}: {error}") from None
+    wanted = None if dtype is None else dtype_of(dtype, "fp32", "bf16")
+    check_device(device)
     with ExitStack() as stack:
-        found = open_shards(folder, stack)
-        size = sum(path.stat().st_size for path in {path for path, _ in found.values()})
-        if cfg.n_layers + cfg.mtp_depth > len(found) or cfg.qk_rope_head_dim > size:
-            raise ValueError(f"{config}: describes more than the {len(found)} tensors beside it")
-        with torch.device("meta"):
-            try:
-                model = Transformer(cfg)
-            except (RuntimeError, TypeError) as error:  # more elements than torch can count
-                raise ValueError(f"{config}: impossible sizes: {error}") from None
-        quantised = published.get("quantization_config") is not None
-        stored = check_headers(model, folder, found, quantised)
-        _allocate(model, wanted or (torch.bfloat16 if quantised else stored), device)
+        model, found, stored = open_checkpoint(folder, stack)
+        _allocate(model, wanted or (torch.bfloat16 if stored == FP8 else stored), device)
         _read_values(model, found, stored, allow_nonfinite)
     return model.eval()
-
-
-def _dtype(given: str | torch.dtype, *names: str) -> torch.dtype:
-    """Return what one of `names` stands for; ValueError if `given` is none of them."""
-    for name in names:
-        if given in (name, _DTYPES[name]):
-            return _DTYPES[name]
-    also = "" if "fp8" in names else "; FP8 weights are read as one of them"
-    raise ValueError(f"dtype must be {' or '.join(map(repr, names))}, got {given!r}{also}")
 
 
 def _allocate(model: Transformer, dtype: torch.dtype, device: str | torch.device) -> None:

@@ -47,7 +47,7 @@ def readable(folder: str | Path) -> Path:
     """Return the folder, or the older one that a save killed between its renames left beside it."""
     folder = Path(folder).absolute()
     if not folder.exists() and _beside(folder, "old").is_dir():
-        warnings.warn(f"{folder}: its last save was killed, reading the one before", stacklevel=3)
+        warnings.warn(f"{folder}: its last save was killed, reading the one before", stacklevel=4)
         folder = _beside(folder, "old")
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")

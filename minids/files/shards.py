@@ -72,19 +72,29 @@ def slots(model: Transformer) -> Iterator[Slot]:
             continue
         kind, number, rest = name.split(".", 2)
         rest = rest.removeprefix("block.")
-        at = f"model.layers.{int(number) + (model.cfg.n_layers if kind == 'mtp' else 0)}."
+        layer = int(number) + (model.cfg.n_layers if kind == "mtp" else 0)
         if rest in _TENSORS:
-            yield Slot(at + _TENSORS[rest], value)
+            yield Slot(layer_tensor(layer, rest), value)
             continue
         for e in range(len(value)):
             expert = value[e]
             parts = {"gate": expert[0], "up": expert[1]} if "gate_up" in rest else {"down": expert}
             for part, weight in parts.items():
-                yield Slot(f"{at}mlp.experts.{e}.{part}_proj.weight", weight)
+                yield Slot(expert_tensor(layer, e, part), weight)
     for k in range(model.cfg.mtp_depth):
         for ours, copy in _COPIES.items():
             name = f"model.layers.{model.cfg.n_layers + k}.{copy}"
             yield Slot(name, model.state_dict()[ours], copy_of=_TABLES[ours])
+
+
+def layer_tensor(layer: int, ours: str) -> str:
+    """Return the published name of a tensor that is called `ours` in a Block."""
+    return f"model.layers.{layer}.{_TENSORS[ours]}"
+
+
+def expert_tensor(layer: int, expert: int, part: str) -> str:
+    """Return the published name of one matrix of a routed expert: its gate, up or down."""
+    return f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
 
 
 def tensor_names(
