@@ -253,7 +253,7 @@ def mtp_layers_known(cfg: Config) -> Iterator[None]:
         kind._keys_to_ignore_on_load_unexpected = before
 
 
-def from_folder(folder: Path, cfg: Config) -> Oracle:
+def from_folder(folder: Path, cfg: Config, dtype: torch.dtype | None = None) -> Oracle:
     """Return what `from_pretrained` reads; every weight must be found, and none be left over."""
     kind = {
         "sigmoid": transformers.DeepseekV3ForCausalLM,
@@ -263,11 +263,14 @@ def from_folder(folder: Path, cfg: Config) -> Oracle:
     oracle.cfg = cfg
     oracle.main, found = kind.from_pretrained(
         folder,
+        dtype=dtype,
         output_loading_info=True,
         attn_implementation="eager",
         experts_implementation="eager",
     )
     assert not any(found.values()), found
+    if dtype is not None:
+        oracle.main.to(dtype)
     oracle.mtp = MtpModel.from_pretrained(oracle.main).eval() if cfg.mtp_depth else None
     return oracle
 
