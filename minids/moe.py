@@ -5,6 +5,8 @@ Dims    BT tokens, D width, E routed experts, K experts a token, F expert width.
 Book    book/07_moe.ipynb               Kernel  none
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,26 +42,23 @@ class Experts(nn.Module):
     def forward(
         self, x: Float[Tensor, "BT D"], gate: Float[Tensor, "BT K"], ids: Int[Tensor, "BT K"]
     ) -> Float[Tensor, "BT D"]:
-        """Sort the BT*K visits by expert, run each expert once on its rows, sum each token's."""
+        """Run each expert once on the rows of the tokens that chose it, sum each token's."""
         into, out = self.recipes if self.training else (None, None)
         if len(x) == 1 and into is None:  # a decoded token has nothing to sort
-            return self._one_token(x, gate, ids)
-        order = rearrange(ids, "bt k -> (bt k)").argsort(stable=True)
-        place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
-        load = expert_load(ids, len(self.w_down))
-        # lookups and their gradients add in a fixed order on every device, index_add does not
-        visits = F.embedding(order // ids.shape[-1], x)  # rows of one expert are neighbours now
+            return one_token(x, gate, ids, lambda e: (self.w_gate_up[e], self.w_down[e]))
         if into is not None and out is not None:
-            y = self._in_fp8(visits, load, into, out)
-        else:
-            w_gate_up = rearrange(self.w_gate_up, "e two f d -> e (two f) d")
-            gate_half, up_half = matmul_by_expert(visits, w_gate_up, load).chunk(2, dim=-1)
-            y = matmul_by_expert(F.silu(gate_half) * up_half, self.w_down, load)
-        rows = place.unflatten(-1, ids.shape)
-        return F.embedding_bag(rows, y, mode="sum", per_sample_weights=gate.to(y.dtype))  # Eq. 12
+            return by_expert(x, gate, ids, len(self.w_down), partial(self._in_fp8, into, out))
+        return by_expert(x, gate, ids, len(self.w_down), self._run)
+
+    def _run(
+        self, visits: Float[Tensor, "visits D"], load: Int[Tensor, " E"]
+    ) -> Float[Tensor, "visits D"]:
+        w_gate_up = rearrange(self.w_gate_up, "e two f d -> e (two f) d")
+        gate_half, up_half = matmul_by_expert(visits, w_gate_up, load).chunk(2, dim=-1)
+        return matmul_by_expert(F.silu(gate_half) * up_half, self.w_down, load)
 
     def _in_fp8(
-        self, visits: Float[Tensor, "visits D"], load: Int[Tensor, " E"], into: Recipe, out: Recipe
+        self, into: Recipe, out: Recipe, visits: Float[Tensor, "visits D"], load: Int[Tensor, " E"]
     ) -> Float[Tensor, "visits D"]:
         """Run each expert in FP8: the groups of tokens in its weight gradients are its own."""
         parts = (visits.split(load.tolist()), self.w_gate_up.unbind(0), self.w_down.unbind(0))
@@ -70,13 +69,35 @@ class Experts(nn.Module):
                 y.append(gated_linear(gate, up, w_down, out))
         return torch.cat(y)
 
-    def _one_token(
-        self, x: Float[Tensor, "1 D"], gate: Float[Tensor, "1 K"], ids: Int[Tensor, "1 K"]
-    ) -> Float[Tensor, "1 D"]:
-        y = torch.zeros_like(x)
-        for weight, e in zip(gate.to(x.dtype).unbind(-1), ids[0].tolist(), strict=True):
-            y = y + weight * run_expert(x, self.w_gate_up[e], self.w_down[e])
-        return y
+
+def by_expert(
+    x: Float[Tensor, "BT D"],
+    gate: Float[Tensor, "BT K"],
+    ids: Int[Tensor, "BT K"],
+    experts: int,
+    run: Callable[[Tensor, Tensor], Tensor],
+) -> Float[Tensor, "BT D"]:
+    """Sort the BT*K visits by expert, `run` them with each expert's load, sum each token's."""
+    order = rearrange(ids, "bt k -> (bt k)").argsort(stable=True)
+    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
+    # lookups and their gradients add in a fixed order on every device, index_add does not
+    visits = F.embedding(order // ids.shape[-1], x)  # rows of one expert are neighbours now
+    y = run(visits, expert_load(ids, experts))
+    rows = place.unflatten(-1, ids.shape)
+    return F.embedding_bag(rows, y, mode="sum", per_sample_weights=gate.to(y.dtype))  # Eq. 12
+
+
+def one_token(
+    x: Float[Tensor, "1 D"],
+    gate: Float[Tensor, "1 K"],
+    ids: Int[Tensor, "1 K"],
+    weights: Callable[[int], tuple[Tensor, Tensor]],
+) -> Float[Tensor, "1 D"]:
+    """Run a single token's experts one after the other; `weights` gives an expert's matrices."""
+    y = torch.zeros_like(x)
+    for weight, e in zip(gate.to(x.dtype).unbind(-1), ids[0].tolist(), strict=True):
+        y = y + weight * run_expert(x, *weights(e))
+    return y
 
 
 def matmul_by_expert(
