@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minids.files.shards import FP8, SCALE, Slot
-from minids.formats.groups import BLOCK, Scaled, dequantise, quantise, scale_shape
+from minids.formats.groups import BLOCK, Scaled, dequantise, holds_nan, quantise, scale_shape
 
 _AGAIN = "fetch this file again"
 
@@ -75,10 +75,8 @@ def read_scaled(
             f"{scale_path}: {name}{SCALE} must be finite and above 0, "
             f"got {scale[tuple(at)].item()} for block {at}: {_AGAIN}"
         )
-    codes = values.view(torch.uint8)
-    # the largest codes of either sign; a maximum is found a hundred times faster than a NaN
-    nan = codes.max() == 0xFF or codes.view(torch.int8).max() == 0x7F
-    if nan and not allow_nonfinite:
+    if not allow_nonfinite and holds_nan(values):
+        codes = values.view(torch.uint8)
         at = _first((codes & 0x7F) == 0x7F)
         raise ValueError(
             f"{path}: {name} is not finite, code 0x{codes[tuple(at)]:02X} at {at} is NaN: {_AGAIN} "

@@ -46,8 +46,8 @@ def quantise(
     """Round to E4M3, each group's largest number to 448; "ue8m0" scales are powers of two.
 
     A max-abs below `floor` counts as `floor`: zeros get a positive scale. A group that holds NaN or
-    an infinity comes back as NaN, all of it; with "ue8m0" the largest numbers of FP32, from 3.29e38,
-    may come back infinite. Ragged groups are scaled by what they hold.
+    an infinity comes back as NaN, all of it; "ue8m0" may round numbers above 3.29e38 to infinity.
+    Ragged groups are scaled by what they hold.
     """
     if scale_fmt not in (None, "ue8m0"):
         raise ValueError(f"scale_fmt must be None or 'ue8m0', got {scale_fmt!r}")
@@ -88,9 +88,16 @@ def _as_half(values: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch
 
 
 def _is_special(x: Scaled) -> bool:
-    """Say whether `_expand` would miss a NaN code (0x7F, 0xFF) or overflow in a scale times 256."""
-    nan = x.values.view(torch.int8).max() == 0x7F or x.values.view(torch.uint8).max() == 0xFF
-    return bool(nan or (x.scale >= 2.0**120).any())
+    """Say whether `_expand` would miss a NaN code or overflow in a scale times 256."""
+    return holds_nan(x.values) or bool((x.scale >= 2.0**120).any())
+
+
+def holds_nan(values: Float[Tensor, "*batch rows cols"]) -> bool:
+    """Say whether one of E4M3's two NaN codes is among the values: 0x7F, 0xFF.
+
+    The largest codes of either sign tell: a maximum is found a hundred times as fast as a NaN.
+    """
+    return bool(values.view(torch.int8).max() == 0x7F or values.view(torch.uint8).max() == 0xFF)
 
 
 def _expand(
