@@ -9,15 +9,14 @@ Differs the state is one safetensors file with a checksum, counters as JSON in i
 
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from minids.files.state import read_state, write_state
 
 _KEPT = 2  # states in a folder: the newest, and the one before in case a disk damages it
 
@@ -43,16 +42,11 @@ def save_state(
     (states := folder / "state").mkdir(parents=True, exist_ok=True)
     with open(folder / "log.jsonl", "ab") as log:
         os.fsync(log.fileno())  # what the state says is logged must be there after a power cut too
-        header = json.dumps({"position": at, "log_bytes": log.tell(), "about": about})
+        header = {"position": at, "log_bytes": log.tell(), "about": about}
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    unfinished = states / "unfinished.tmp"
-    save_file(tensors, unfinished, {"state": header, "crc32": str(_checksum(header, tensors))})
-    with open(unfinished, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, states / f"step_{at.step:09}.safetensors")
+    write_state(states / f"step_{at.step:09}.safetensors", header, tensors)
     for old in sorted(states.glob("step_*.safetensors"))[:-_KEPT]:
         old.unlink()
 
@@ -70,7 +64,7 @@ def load_state(
         if log.is_file() and log.stat().st_size:
             raise ValueError(f"{folder} has a log but no state: use a new folder, or delete {log}")
         return Position(), []
-    header, tensors = _read(states[-1])
+    header, tensors = read_state(states[-1])
     for key, given in json.loads(json.dumps(about)).items():
         if (there := header["about"].get(key)) != given:
             raise ValueError(
@@ -88,22 +82,3 @@ def load_state(
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     lines = log.read_text(encoding="utf-8").splitlines()
     return Position(*header["position"]), [json.loads(line) for line in lines]
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-        if int(notes["crc32"]) != _checksum(notes["state"], tensors):
-            raise ValueError("wrong checksum")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        advice = "delete it to go on from the state before"
-        raise ValueError(f"{path} is damaged ({error}): {advice}") from None
-    return json.loads(notes["state"]), tensors
-
-
-def _checksum(header: str, tensors: Mapping[str, Tensor]) -> int:
-    total = zlib.crc32(header.encode())
-    for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].numpy().tobytes(), total)
-    return total

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from minids import Transformer, preset, resume
 from minids.data import Packed
+from minids.files import state
 from minids.schedule import Schedule
 from minids.train import make_optimizer, train
 
@@ -23,7 +24,7 @@ STEPS, SAVE_EVERY = 16, 4
 def slow_run(folder: str, seed: int) -> None:
     """What a process does until it is killed: a pause each step, others around a save's parts."""
     torch.set_num_threads(1)
-    real_rows, real_save, real_replace = Packed.rows, resume.save_file, os.replace
+    real_rows, real_save, real_replace = Packed.rows, state.save_file, os.replace
     pause = random.Random(seed).uniform
 
     def slowly(function, longest=0.1):
@@ -35,7 +36,7 @@ def slow_run(folder: str, seed: int) -> None:
 
         return call
 
-    Packed.rows, resume.save_file = slowly(real_rows, 0.01), slowly(real_save)
+    Packed.rows, state.save_file = slowly(real_rows, 0.01), slowly(real_save)
     os.replace = slowly(real_replace)
     run(folder)
 
@@ -104,7 +105,7 @@ def test_a_state_holds_weights_moments_biases_and_counters(tmp_path):
     moments = [name for name in tensors if name.startswith("optimizer.")]
     assert len(moments) == 3 * len(list(ended.model.parameters()))  # two moments and a step count
     assert tensors["optimizer.0.step"] == 2
-    header, _ = resume._read(path)
+    header, _ = resume.read_state(path)
     assert header["position"] == [2, 16, 128]
     assert header["log_bytes"] == (tmp_path / "log.jsonl").stat().st_size
 
@@ -171,7 +172,7 @@ def test_half_a_log_line_is_cut_off(half, tmp_path, uninterrupted, monkeypatch):
 @pytest.mark.parametrize("moment", ["save_file", "fsync", "replace"])
 def test_a_failed_save_leaves_the_state_before(moment, tmp_path, uninterrupted, monkeypatch):
     """The disk is full at the third save: what two saves have written is there, and goes on."""
-    calls, owner = [], resume if moment == "save_file" else os
+    calls, owner = [], state if moment == "save_file" else os
     real = getattr(owner, moment)
 
     def failing(*given):
@@ -271,14 +272,14 @@ def test_planted_mistakes_are_seen(tmp_path, uninterrupted, monkeypatch):
             with pytest.raises(Stopped):
                 run(folder)
         with monkeypatch.context() as patched:
-            read = resume._read
+            read = resume.read_state
 
             def forgetful(path, lost=lost, read=read):
                 header, tensors = read(path)
                 kept = {n: t * (lost not in n or n.endswith("step")) for n, t in tensors.items()}
                 return header, kept
 
-            patched.setattr(resume, "_read", forgetful)
+            patched.setattr(resume, "read_state", forgetful)
             assert facts(run(folder).log) != uninterrupted[1]
 
 
@@ -286,7 +287,7 @@ def test_optimizer_state_survives_bit_for_bit(tmp_path):
     ended = run(tmp_path, steps=3)
     model = Transformer(ended.model.cfg, seed=1)
     optimizer = make_optimizer(model)
-    header, tensors = resume._read(next((tmp_path / "state").glob("*3.safetensors")))
+    header, tensors = resume.read_state(next((tmp_path / "state").glob("*3.safetensors")))
     found = resume.load_state(tmp_path, model, optimizer, header["about"])
     assert found is not None
     assert found[0] == (3, 24, 192)
