@@ -9,6 +9,9 @@ What was found by trying 5.23.0, and is handled here:
 - MTP has no training path: `MtpModel.forward_layer` is called layer by layer, teacher-forced. It
   reads the state after the final norm, at positions i + k, and needs an MtpCache: the mask uses
   its offset.
+- FP8 folders are dequantised where there is no GPU, into the dtype asked for; what is stored in
+  BF16 stays BF16 whatever is asked, and the mixture cannot run: `from_folder` makes it one dtype.
+  The size of a block is taken as rows // scale rows: 128 must divide every width.
 - No shared expert makes it build layers of width 0, and torch warns about filling those.
 """
 
@@ -290,3 +293,12 @@ def rewritten_config(published: dict, folder: Path) -> dict:
     }[published["model_type"]]
     kind.from_dict(published).save_pretrained(folder)
     return json.loads((folder / "config.json").read_text())
+
+
+def quantization_config(folder: Path) -> dict:
+    """Return the quantization_config that transformers writes for FP8 weights."""
+    config = transformers.DeepseekV3Config(
+        quantization_config=transformers.FineGrainedFP8Config(weight_block_size=(128, 128))
+    )
+    config.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())["quantization_config"]

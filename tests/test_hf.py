@@ -100,6 +100,26 @@ def test_every_published_value_with_an_effect_is_kept(name):
     assert added <= {"num_nextn_predict_layers", "bos_token_id", "eos_token_id"}
 
 
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"], ids=["V3-0324", "V3.1"])
+def test_files_of_later_releases(scale_fmt):
+    """V3-0324's file leaves out keys that nothing reads; V3.1's scales are powers of two."""
+    later = {
+        k: v for k, v in V3.items() if k not in ("aux_loss_alpha", "pretraining_tp", "seq_aux")
+    }
+    quantised = FP8 | ({"scale_fmt": scale_fmt} if scale_fmt else {})
+    cfg = from_hf(later | {"quantization_config": quantised, "transformers_version": "4.46.3"})
+    assert cfg == preset("v3", scale_fmt=scale_fmt, init_std=0.02)
+    assert to_hf(cfg)["quantization_config"] == quantised
+
+
+def test_what_transformers_writes_of_fp8_is_read(tmp_path):
+    """Oracle: it writes no `fmt`, and "float" for scales in FP32."""
+    theirs = oracle.quantization_config(tmp_path)
+    assert theirs["scale_fmt"] == "float"
+    cfg = from_hf(V3 | {"quantization_config": theirs})
+    assert (cfg.precision, cfg.scale_fmt) == ("fp8", None)
+
+
 def test_null_and_always_written():
     written = to_hf(preset("v2_lite"))
     assert written["q_lora_rank"] is None
@@ -118,6 +138,8 @@ def test_v2_comes_back_without_the_bias_rule():
     [
         ({}, "fp8", None),
         ({"quantization_config": FP8 | {"scale_fmt": "ue8m0"}}, "fp8", "ue8m0"),
+        ({"quantization_config": FP8 | {"scale_fmt": None}}, "fp8", None),
+        ({"quantization_config": FP8 | {"scale_fmt": "float"}}, "fp8", None),
         ({"quantization_config": None}, "bf16", None),
         ({"quantization_config": None, "torch_dtype": "float32"}, "fp32", None),
         ({"quantization_config": None, "torch_dtype": None, "dtype": "float32"}, "fp32", None),
@@ -153,6 +175,13 @@ REFUSED = {
         {"quantization_config": FP8 | {"scale_fmt": "e8"}},
         "scale_fmt must be one of",
     ),
+    "fmt": ({"quantization_config": FP8 | {"fmt": "e5m2"}}, "quantization_config must hold"),
+    "static": (
+        {"quantization_config": FP8 | {"activation_scheme": "static"}},
+        "quantization_config must hold",
+    ),
+    "quantised_word": ({"quantization_config": "fp8"}, "quantization_config must hold"),
+    "quantised_empty": ({"quantization_config": {}}, "quantization_config must hold"),
     "theta": ({"rope_theta": -1}, "rope_theta must be finite and not negative"),
     "both": ({"rope_parameters": {"rope_type": "default"}}, "rope_scaling or rope_parameters must"),
     "rope_text": ({"rope_scaling": "yarn"}, "rope_scaling or rope_parameters must"),

@@ -137,9 +137,11 @@ def _precision_fields(given: dict[str, Any]) -> dict[str, Any]:
     dtype = _choose("torch_dtype", given.pop("dtype", None) or old or "float32", *_DTYPES)
     if quantised is None:
         return {"precision": _DTYPES[dtype]}
-    if not isinstance(quantised, dict) or _FP8 != {key: quantised.get(key) for key in _FP8}:
+    read = dict(fmt="e4m3") | quantised if isinstance(quantised, dict) else {}
+    if _FP8 != {key: read.get(key) for key in _FP8}:
         raise ValueError(f"quantization_config must hold {_FP8}, got {quantised!r:.200}")
-    return {"precision": "fp8", "scale_fmt": quantised.get("scale_fmt")}
+    scale_fmt = read.get("scale_fmt")  # transformers leaves `fmt` out and calls FP32 "float"
+    return {"precision": "fp8", "scale_fmt": None if scale_fmt == "float" else scale_fmt}
 
 
 def to_hf(cfg: Config, stored: str | None = None) -> dict[str, Any]:
