@@ -148,7 +148,7 @@ def stream(
     """Yield new words as they are made, a list for each row; else as generate. Fills `stats`."""
     model.check_ids(ids.cpu())
     lengths = _check_lengths(ids, lengths) or [ids.shape[1]] * len(ids)
-    _check_options(model, max(lengths), max_new_tokens, temperature, top_p, stop_tokens, draft)
+    check_options(model, max(lengths), max_new_tokens, temperature, top_p, stop_tokens, draft)
     device, depth = model.embed.device, len(model.mtp) if draft else 0
     sampler = Sampler(temperature, top_p, torch.Generator(device).manual_seed(seed))
     cache = model.new_cache(len(ids), max(lengths) + max_new_tokens + 2 * depth)
@@ -197,7 +197,7 @@ def _rounds(model, cache, ids, left, stop, sampler, drafter, stats) -> Iterator[
         made = [[*words[1 : n + 1], new] for words, n, new in rows]
 
 
-def _check_options(model, prompt, new, temperature, top_p, stop_tokens, draft) -> None:
+def check_options(model, prompt, new, temperature, top_p, stop_tokens, draft) -> None:
     """Raise ValueError for what generate refuses; `prompt` is the longest one's length."""
     limit, vocab = model.cfg.max_seq_len, model.cfg.vocab_size
     at_most = f"be at most {limit} (max_seq_len) - {prompt} (prompt) = {limit - prompt}"

@@ -51,5 +51,5 @@ def read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> int:
     total = zlib.crc32(header.encode())
     for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, total)
     return total
