@@ -93,7 +93,7 @@ def code_by_search(x: float) -> int:
     """Find the nearest of all numbers; among two, the even code."""
     known = torch.arange(0x7F)
     size = bits.decode(known, bits.E4M3).tolist()
-    if math.isnan(x):
+    if x != x:
         return 0xFF
     x, sign = (x, 0) if x >= 0 else (-x, 0x80)
     return sign + min(known.tolist(), key=lambda c: (abs(size[c] - min(x, 448.0)), c % 2))
@@ -185,8 +185,8 @@ def code_without_carry(x: float) -> int:
     if not abs(x) <= 448:
         return code_by_search(x)
     k = math.frexp(max(abs(x), 2.0**-6))[1] - 1
-    n = min(round(abs(x) / 2.0 ** (k - 3)), 15)
-    return 0x80 * (x < 0) + 8 * (k + 6) + n
+    digits = min(round(abs(x) / 2.0 ** (k - 3)), 15)
+    return code_by_search(math.copysign(2.0 ** (k - 3) * digits, x))
 
 
 def tiles_of_all_rows(x: torch.Tensor):

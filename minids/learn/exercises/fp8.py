@@ -144,8 +144,8 @@ EXERCISES = (
         statement="Write `decode(code)`: the float that an E4M3 code, an integer from 0 to 255, "
         "stands for, worked out from its bits. From the top: one bit of sign, four of exponent "
         "$e$, three of mantissa $m$. The value is $2^{e-7} (1 + m/8)$; codes with $e = 0$ are "
-        "subnormal, $2^{-6} \\cdot m/8$. $e = 15$ holds numbers like any other exponent: there "
-        "is no infinity, only $m = 7$ is NaN there.",
+        "subnormal, $2^{-6} \\cdot m/8$. The top exponent, $e = 15$, holds numbers too: there is "
+        "no infinity, and with it only $m = 7$ is NaN.",
         start="def decode(code):\n    raise NotImplementedError\n",
         properties=(
             Property("exponent and mantissa make the number", _decodes(0x38, 0x3C, 0x41, 0x77)),
@@ -226,7 +226,7 @@ def decode(code):
 
 
 def encode(x):
-    if math.isnan(x):
+    if math.isnan(x):  # of no size
         return 0x7F
     size = min(abs(x), 448.0)
     # frexp: size = f * 2^(k + 1) with f in [1/2, 1); smaller ones keep the step of 2^-6
@@ -260,7 +260,7 @@ def encode(x):
         title="Tiles of 1 x 128",
         statement="Write `quantise_tiles(x)` for activations `x`, FP32 `[rows, cols]`. A tile is "
         "128 neighbours of one row; the last tile of a row holds what is left. Return `(values, "
-        "scale)`: `scale`, FP32 `[rows, tiles]`, is the factor with which `values` are `x` again, "
+        "scale)`: `scale`, FP32 `[rows, tiles]`, is the factor that makes `x` of `values` again, "
         "nearly, so that a tile's largest number is stored as 448 or -448. `values` has the shape "
         "of `x` and dtype `torch.float8_e4m3fn`. A tile whose largest size is below 1e-4, such as "
         "a tile of zeros, is scaled as if it were 1e-4.",
@@ -349,9 +349,9 @@ def quantise_tiles(x):
         statement="Write `flushed(x)` for one tile, FP32 `[n]`. Two formats store it: INT8, the "
         "integers from -127 to 127, and E4M3, which ends at 448 and whose smallest number above "
         "zero is $2^{-9}$. Each is scaled so that the tile's largest size lands on its own largest "
-        "number, and rounded to the nearest, ties to even. Return `(int8, e4m3)`: for each, the "
-        "share (0 to 1) of the numbers that are not zero which become zero. If all of `x` is zero, "
-        "both shares are 0.",
+        "number, and rounded to the nearest, ties to even. Return `(int8, e4m3)`: of the numbers "
+        "that are not zero, the share (0 to 1) that becomes zero in each format. If all of `x` is "
+        "zero, both shares are 0.",
         start="def flushed(x):\n    raise NotImplementedError\n",
         properties=(
             Property("near numbers survive in both", _shares((1, 2), (-0.3, 3), (0.1, 3))),
@@ -373,8 +373,8 @@ def quantise_tiles(x):
             "No cast is needed: up to which size is a number, divided by the scale, rounded to 0?",
             "Up to half the smallest step, 1/2 in INT8 and 2^-10 in E4M3, where the scales are the "
             "largest size / 127 and / 448.",
-            "size = x[x != 0].abs(); int8 = (size <= size.max() / 127 / 2).float().mean(); "
-            "e4m3 likewise with size.max() / 448 * 2**-10.",
+            "With size the abs() of x[x != 0], INT8 loses (size <= size.max() / 127 / 2).float()."
+            "mean(), and E4M3 likewise with size.max() / 448 * 2**-10.",
         ),
         solution="""def flushed(x):
     size = x[x != 0].abs()
@@ -448,10 +448,10 @@ def power_of_two(scale):
         name="weight",
         title="A weight out of the published checkpoint",
         statement="Write `weight(values, scale_inv)`, which makes a weight of what the checkpoint "
-        "holds: `values` `[rows, cols]` in `torch.float8_e4m3fn`, and in `weight_scale_inv`, FP32, "
+        "holds: `values` `[rows, cols]` in `torch.float8_e4m3fn`, and as `weight_scale_inv`, FP32, "
         "one number for each block of 128 x 128; the blocks at the right and at the lower edge "
         "hold what is left. A block's largest value is stored as 448 or -448, weights are far "
-        "below 1, and such a number may be 0.0002: factor or divisor? Return FP32 `[rows, cols]`.",
+        "below 1, and 0.0002 is such a number: factor or divisor? Return FP32 `[rows, cols]`.",
         start="def weight(values, scale_inv):\n    raise NotImplementedError\n",
         properties=(
             Property("it is a factor, whatever its name", _reads((1, 1), [[2**-12]], -448.0)),
@@ -471,10 +471,10 @@ def power_of_two(scale):
             "[:rows, :cols]; FP8 tensors must be cast before they are multiplied.",
         ),
         solution="""def weight(values, scale_inv):
-    rows, cols = values.shape
+    n_rows, n_cols = values.shape
     # 128 each, always: 576 rows have 5 scales, of which the last one serves 64
     scale = scale_inv.repeat_interleave(128, 0).repeat_interleave(128, 1)
-    return values.float() * scale[:rows, :cols]
+    return values.float() * scale[:n_rows, :n_cols]
 """,
         wrong=_changed(
             """def weight(values, scale_inv):
