@@ -20,7 +20,7 @@ from minids.files.folder import replaced
 from minids.files.hf import to_hf
 from minids.files.opened import CONFIG, DTYPES, check_device, dtype_of, open_checkpoint
 from minids.files.scaled import read_value, written, written_bytes
-from minids.files.shards import FP8, INDEX, Slot, slots
+from minids.files.shards import FP8, INDEX, deal, slots
 from minids.model import Transformer
 from minids.rope import frequencies
 from minids.tokenizer import save_tokenizer
@@ -55,16 +55,9 @@ def save(
 
 
 def _write_shards(model: Transformer, folder: Path, stored: torch.dtype, max_bytes: int):
-    """Deal the tensors in order to shards of `max_bytes` (one that is larger has its own)."""
-    shards: list[list[Slot]] = [[]]
-    filled = total = 0
-    for slot in slots(model):
-        size = written_bytes(slot, stored)
-        if filled and filled + size > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(slot)
-        filled, total = filled + size, total + size
+    parts = list(slots(model))
+    sizes = [written_bytes(slot, stored) for slot in parts]
+    shards = deal(parts, sizes, max_bytes)
     places = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -73,7 +66,7 @@ def _write_shards(model: Transformer, folder: Path, stored: torch.dtype, max_byt
             values |= written(slot, stored, model.cfg.scale_fmt)
         save_file(values, folder / name, metadata={"format": "pt"})
         places |= dict.fromkeys(values, name)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -1,14 +1,19 @@
-"""What `minids count` prints: every count with its share, its unit and its convention.
+"""What `minids count` prints: every count with its share and its unit, and what is on disk.
 
 Paper   DeepSeek-V3 (arXiv:2412.19437), Table 1, for the hours that are reported.
 Dims    none.
 Book    book/01_count.ipynb             Kernel  none
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
+from itertools import islice
 
 from minids.config import Config, preset
 from minids.count import REPORTED_HOURS, Counts, binary, short
+from minids.files.inventory import Inventory
+
+_SHOWN = 3  # names of a long list
 
 
 def table(
@@ -51,8 +56,43 @@ def table(
         parts = " + ".join(binary(size) for size in sizes.values())
         rows.append((f"  {precision}", binary(sum(sizes.values())), parts))
     rows += _cost_rows(cfg, counts, tokens, tflops, usd)
+    return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, str, str]]) -> str:
     left, middle = max(len(a) for a, _, _ in rows), max(len(b) for _, b, _ in rows)
     return "\n".join(f"{a:{left}}  {b:>{middle}}  {c}".rstrip() for a, b, c in rows)
+
+
+def contents(held: Inventory) -> str:
+    """Return what a person reads of a folder's files: what they hold, what is missing or wrong."""
+    total = sum((Counter(size) for size in held.dtypes.values()), Counter())
+    rows = [("really in the files", "elements", "")]
+    for dtype, size in held.dtypes.items():
+        rest = f"{size['tensors']:,} tensors, {size['bytes']:,} bytes"
+        rows.append((f"  {dtype}", f"{size['elements']:,}", rest))
+    rest = f"{total['tensors']:,} tensors, {total['bytes']:,} bytes"
+    rows.append(("  all", f"{total['elements']:,}", rest))
+    rows.append(("  files, with headers", f"{held.files:,}", f"{held.file_bytes:,} bytes"))
+    lists: dict[str, Collection[str]] = {
+        "missing files": held.missing_files,
+        "damaged files": [f"{name} {problem}" for name, problem in held.damaged_files.items()],
+        "missing tensors": held.missing,
+        "unexpected tensors": held.unexpected,
+        "wrong tensors": [f"{name} {problem}" for name, problem in held.wrong.items()],
+    }
+    for title, names in lists.items():
+        if names:
+            more = ", ..." if len(names) > _SHOWN else ""
+            rows.append((f"  {title}", f"{len(names):,}", ", ".join(islice(names, _SHOWN)) + more))
+    described = f"{held.expected:,} that config.json describes in {held.layout}"
+    if held.missing:
+        verdict = f"incomplete: {len(held.missing):,} tensors missing of the {described}"
+    elif held.complete:
+        verdict = f"complete: all tensors, the {described}"
+    else:
+        verdict = "not as it must be: load refuses this folder"
+    return f"{_aligned(rows)}\n{verdict}"
 
 
 def _cost_rows(

@@ -8,7 +8,7 @@ Differs MTP modules behind the first (none is released) go on counting layers.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,6 +115,19 @@ def _stored(slot: Slot, stored: torch.dtype) -> Iterator[tuple[str, tuple[int, .
         yield slot.name + SCALE, scale_shape(shape, BLOCK), torch.float32
 
 
+def deal(items: Sequence[Any], sizes: Sequence[int], max_bytes: int) -> list[list[Any]]:
+    """Deal items in order to shards of `max_bytes` (one that is larger has its own)."""
+    shards: list[list[Any]] = [[]]
+    filled = 0
+    for item, size in zip(items, sizes, strict=True):
+        if filled and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(item)
+        filled += size
+    return shards
+
+
 def member(folder: Path, name: str) -> Path:
     """Return a file of the folder; ValueError if its name leads out, by `..`, a root or a link."""
     try:
@@ -151,17 +164,22 @@ def _open(path: Path, stack: ExitStack) -> Any:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
 
 
+def weight_map(folder: Path) -> dict[str, str]:
+    """Return the file of every tensor, as the index has it."""
+    index = member(folder, INDEX)
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise ValueError(f"{index}: weight_map must map tensors to files, got {places!r:.80}")
+    return places
+
+
 def open_shards(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
     """Return file and handle of every tensor; it must be where the index says, and only there."""
     if not os.path.lexists(folder / INDEX):
         path = member(folder, SINGLE)
         file = _open(path, stack)
         return {name: (path, file) for name in file.keys()}
-    index = member(folder, INDEX)
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-        raise ValueError(f"{index}: weight_map must map tensors to files, got {places!r:.80}")
-    found = {}
+    places, found = weight_map(folder), {}
     for shard in sorted(set(places.values())):
         path = member(folder, shard)
         file = _open(path, stack)
