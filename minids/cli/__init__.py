@@ -6,22 +6,23 @@ Book    book/00_start.ipynb             Kernel  none
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
-from tokenizers import Tokenizer
 from typer.core import TyperGroup
 
 from minids.checkpoint import load
-from minids.cli.report import table
+from minids.cli.report import contents, table
+from minids.cli.stream import make_command, stream_command
+from minids.cli.text import decode_stream
 from minids.config import PRESETS, Config, preset
 from minids.count import MEASURED_TFLOPS, REPORTED_TOKENS, count, count_files
 from minids.evaluate import evaluate
 from minids.files.corpus import load_corpus
 from minids.files.hf import from_hf
+from minids.files.inventory import take_inventory
 from minids.generate import Stats, stream
 from minids.learn import doctor as machine
 from minids.tokenizer import BOS, EOS, load_tokenizer
@@ -112,11 +113,16 @@ def _count(
     tflops: Annotated[float, typer.Option(help="Sustained 10^12 FLOP/s a GPU.")] = MEASURED_TFLOPS,
     usd: Annotated[float, typer.Option(help="Price of a GPU-hour.")] = 2.0,
 ) -> None:
-    """Count parameters, cache, FLOPs, memory, GPU-hours and money."""
+    """Count parameters, cache, FLOPs, memory, GPU-hours and money; in a folder its files too."""
     counts = count(cfg := read_config(name), seq_len)
     files = count_files(cfg) if cfg.attn == "mla" else {}
-    text = table(cfg, counts, tokens, tflops, usd, files)
-    typer.echo(json.dumps(counts.as_dict() | {"files": files}, indent=2) if as_json else text)
+    held = take_inventory(Path(name), cfg) if Path(name).is_dir() and name not in PRESETS else None
+    if as_json:
+        found = {"found": held.as_dict()} if held else {}
+        typer.echo(json.dumps(counts.as_dict() | {"files": files} | found, indent=2))
+    else:
+        text = table(cfg, counts, tokens, tflops, usd, files)
+        typer.echo(f"{text}\n{contents(held)}" if held else text)
 
 
 @app.command("train")
@@ -192,15 +198,8 @@ def _generate(
     typer.echo(f"\n[{speed}{drafts}]", err=True)
 
 
-def decode_stream(tokenizer: Tokenizer, words: Iterator[list[list[int]]]) -> Iterator[str]:
-    """Yield the text of one row once its last character is whole: it may take several tokens."""
-    ids, shown = list[int](), 0
-    for (new,) in words:
-        ids += new
-        if not (text := tokenizer.decode(ids)).endswith("\ufffd"):
-            yield text[shown:]
-            shown = len(text)
-    yield tokenizer.decode(ids)[shown:]
+app.command("stream")(stream_command)
+app.command("make-checkpoint")(make_command)
 
 
 @app.command("bench")
