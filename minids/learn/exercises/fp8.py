@@ -406,7 +406,7 @@ def quantise_tiles(x):
     Exercise(
         name="power_of_two",
         title="A scale that is only an exponent",
-        statement="V3.1 keeps only an exponent of each scale (UE8M0). Write `power_of_two(scale)`: "
+        statement="Scales of DeepSeek-V3.1 are powers of two (UE8M0). Write `power_of_two(scale)`: "
         "for FP32 scales `[n]`, positive and normal, the smallest powers of two that are not below "
         "them, FP32 `[n]`. Every result must be exact, also right above a power of two, where a "
         "`log2` in FP32 is rounded already.",
@@ -451,7 +451,7 @@ def power_of_two(scale):
         "holds: `values` `[rows, cols]` in `torch.float8_e4m3fn`, and as `weight_scale_inv`, FP32, "
         "one number for each block of 128 x 128; the blocks at the right and at the lower edge "
         "hold what is left. A block's largest value is stored as 448 or -448, weights are far "
-        "below 1, and 0.0002 is such a number: factor or divisor? Return FP32 `[rows, cols]`.",
+        "below 1, and its number may be 0.0002: factor or divisor? Return FP32 `[rows, cols]`.",
         start="def weight(values, scale_inv):\n    raise NotImplementedError\n",
         properties=(
             Property("it is a factor, whatever its name", _reads((1, 1), [[2**-12]], -448.0)),
