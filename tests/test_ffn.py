@@ -1,11 +1,16 @@
 import math
 
+import fp8_loop
+import numpy as np
 import torch
 
+from minids import fp8
 from minids.ffn import SwiGLU
 
 # sums of at most 11 products in another order, in FP32
 TOLERANCE = 1e-6
+# FP32 rounding, relative norm; one value of 100 rounded to another FP8 code would move it by 3e-3
+FP8_TOLERANCE = 3e-4
 
 
 def drawn(dim: int, hidden_dim: int) -> SwiGLU:
@@ -63,3 +68,23 @@ def test_three_matrices_and_gradients_in_all():
     assert sum(weight.numel() for weight in ffn.parameters()) == 3 * 7 * 3
     ffn(torch.randn(5, 7)).square().sum().backward()
     assert all(w.grad is not None and w.grad.any() for w in ffn.parameters())
+
+
+def test_in_fp8_equals_the_loop():
+    """Two layers that read x, one behind the product; dX adds what comes through gate and up."""
+    roles, ffn = fp8_loop.Roles(), SwiGLU(130, 70, fp8.MOST)
+    for weight in ffn.parameters():
+        weight.data.normal_()
+    x, dy = torch.randn(5, 130, requires_grad=True), torch.randn(5, 130)
+    y = ffn(x)
+    w_gate, w_up, w_down = (weight.detach().numpy() for weight in ffn.parameters())
+    gate, up = (layer(x).detach().numpy() for layer in (ffn.w_gate, ffn.w_up))
+    down = fp8_loop.gated_linear(gate, up, w_down, dy.numpy(), roles)
+    d_halves = [half.astype(np.float32) for half in down.dx]
+    halves = [fp8_loop.linear(x.detach().numpy(), w, d_half, roles)
+              for w, d_half in zip((w_gate, w_up), d_halves, strict=True)]  # fmt: skip
+    ours = [y, *torch.autograd.grad(y, [x, *ffn.parameters()], dy)]
+    loop = [down.y, halves[0].dx + halves[1].dx, halves[0].dw, halves[1].dw, down.dw]
+    for one, other in zip(ours, loop, strict=True):
+        gap = np.linalg.norm(one.detach().numpy() - other)
+        assert gap <= FP8_TOLERANCE * np.linalg.norm(other)

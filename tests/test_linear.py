@@ -1,5 +1,6 @@
 import torch
 
+from minids import fp8
 from minids.linear import Linear
 
 # sums of at most 16 products in another order
@@ -37,3 +38,15 @@ def test_building_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     Linear(64, 64)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_in_fp8_while_it_is_trained_so():
+    """1/3 beside 1 is 149.3 of 448: the nearest code is 144. Weights are 448 both."""
+    in_fp8, plain = Linear(2, 1, fp8.MOST), Linear(2, 1)
+    for linear in (in_fp8, plain):
+        linear.weight.data = torch.tensor([[3.0, 3.0]])
+    x = torch.tensor([[1.0, 1 / 3]])
+    expected = 3 * (1 + 144 / 448)
+    torch.testing.assert_close(in_fp8(x), torch.tensor([[expected]]), rtol=TOLERANCE, atol=0)
+    assert torch.equal(plain(x), torch.tensor([[4.0]]))
+    assert torch.equal(in_fp8.eval()(x), plain(x))

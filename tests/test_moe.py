@@ -1,6 +1,8 @@
 """The MoE layer: every visit is made, none is lost, and sorting changes nothing."""
 
 import equations
+import fp8_loop
+import numpy as np
 import pytest
 import torch
 
@@ -160,3 +162,80 @@ def test_the_task_teaches_the_router():
     y, _ = layer(torch.randn(4, 30, 8, dtype=torch.float64))
     y.square().sum().backward()
     assert layer.router.centroids.grad.any(dim=-1).all()
+
+
+# in FP8
+
+
+def in_fp8(**changes) -> Experts:
+    experts = Experts(preset("toy", precision="fp8", dim=130, moe_inter_dim=20, **changes))
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight)
+    return experts
+
+
+def test_experts_in_fp8_equal_the_loop():
+    """Every expert by itself: the groups of 128 tokens of its weight gradients are its own rows."""
+    experts, (tokens, top_k) = in_fp8(), (150, 2)
+    x, dy = torch.randn(2, tokens, 130).unbind(0)
+    gate, ids = torch.ones(tokens, top_k), torch.rand(tokens, 8).topk(top_k).indices
+    ids[:140] = torch.tensor([3, 6])  # these have more than one group of 128
+    x.requires_grad_()
+    y = experts(x, gate, ids)
+    dx, d_gate_up, d_down = torch.autograd.grad(y, [x, *experts.parameters()], dy)
+    loop = dict(y=np.zeros((tokens, 130)), dx=np.zeros((tokens, 130)))
+    for e, (w_gate_up, w_down) in enumerate(zip(*experts.parameters(), strict=True)):
+        at = [t for t in range(tokens) if e in ids[t].tolist()]
+        if not at:
+            assert not d_gate_up[e].any()
+            assert not d_down[e].any()
+            continue
+        rows, d_rows = x.detach()[at].numpy(), dy[at].numpy()
+        halves = [w.detach().numpy() for w in w_gate_up]
+        into, out = fp8_loop.Roles(inputs=True), fp8_loop.Roles(gradient=True)
+        made = [fp8_loop.linear(rows, w, np.ones((len(at), 20)), into).y for w in halves]
+        gate_up = [half.astype(np.float32) for half in made]
+        down = fp8_loop.gated_linear(*gate_up, w_down.detach().numpy(), d_rows, out)
+        loop["y"][at] += down.y
+        back = [fp8_loop.linear(rows, w, d.astype(np.float32), into)
+                for w, d in zip(halves, down.dx, strict=True)]  # fmt: skip
+        loop["dx"][at] += back[0].dx + back[1].dx
+        near_in_norm(d_down[e], down.dw)
+        for half, products in zip(d_gate_up[e], back, strict=True):
+            near_in_norm(half, products.dw)
+    near_in_norm(y, loop["y"])
+    near_in_norm(dx, loop["dx"])
+
+
+# FP32 rounding, relative; one value of 100 rounded to another FP8 code would move it by 3e-3
+ANOTHER_CODE = 3e-4
+
+
+def near_in_norm(ours: torch.Tensor, loop: np.ndarray) -> None:
+    assert np.linalg.norm(ours.detach().numpy() - loop) <= ANOTHER_CODE * np.linalg.norm(loop)
+
+
+def test_experts_in_fp8_are_near_the_dense_loop_and_equal_it_in_evaluation():
+    experts, (x, gate, ids) = in_fp8(), draw(40, 130, 8, 2)
+    given = x.detach().float(), gate.detach().float(), ids
+    dense = dense_loop(experts, *given)
+    assert 0.01 < ((experts(*given) - dense).norm() / dense.norm()).item() < 0.1
+    assert (experts.eval()(*given) - dense).norm() <= FP32 * dense.norm()
+
+
+def test_one_token_in_fp8():
+    """A decoded token takes a way of its own in evaluation alone."""
+    experts, (x, gate, ids) = in_fp8(), draw(3, 130, 8, 2)
+    given = x.detach().float(), gate.detach().float(), ids
+    alone = torch.cat([experts(*(part[t : t + 1] for part in given)) for t in range(3)])
+    assert (experts(*given) - alone).norm() <= FP32 * alone.norm()
+
+
+def test_the_order_of_experts_changes_no_bit_in_fp8():
+    experts, (x, gate, ids) = in_fp8(), draw(60, 130, 8, 2)
+    given, order = (x.detach().float(), gate.detach().float()), torch.randperm(8)
+    y = experts(*given, ids)
+    with torch.no_grad():
+        for weight in experts.parameters():
+            weight.copy_(weight[order])
+    assert experts(*given, order.argsort()[ids]).equal(y)

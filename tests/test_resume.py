@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minids import Transformer, preset, resume
+from minids import Config, Transformer, preset, resume
 from minids.data import Packed
 from minids.files import state
 from minids.schedule import Schedule
@@ -41,14 +41,17 @@ def slow_run(folder: str, seed: int) -> None:
     run(folder)
 
 
-def run(folder: str | Path | None, steps: int = STEPS, **options):
+TOY = preset("toy", bias_speed=0.01)
+
+
+def run(folder: str | Path | None, steps: int = STEPS, cfg: Config = TOY, **options):
     """Train a toy on a fixed stream: weights, batches and rates all change on the way."""
     documents = [[(start + 7 * n) % 32 for n in range(11 + start)] for start in range(20)]
     tokens = 8.0 * 8 * steps
     schedule = Schedule(peak_lr=3e-3, warmup_steps=3, constant=tokens / 2, cosine=tokens / 4,
                         tail=tokens / 8, last_tail=tokens / 8, batch=8, first_batch=8)  # fmt: skip
     data = Packed(documents, 8, 0)
-    model = Transformer(preset("toy", bias_speed=0.01))
+    model = Transformer(cfg)
     options = dict(save_every=SAVE_EVERY, progress=False) | options
     return train(model, data, schedule, folder=folder, **options)
 
@@ -188,6 +191,28 @@ def test_a_failed_save_leaves_the_state_before(moment, tmp_path, uninterrupted, 
     kept = [name for name in states(tmp_path) if name.endswith(".safetensors")]
     assert kept == ["step_000000000.safetensors", "step_000000004.safetensors"]
     assert facts(run(tmp_path).log) == uninterrupted[1]
+
+
+def test_a_run_in_fp8_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    """Moments are BF16 in the file, FP32 once loaded: widening is exact, the next step the same."""
+    few = dict(n_layers=1, n_dense_layers=0, mtp_depth=0, n_routed_experts=2, n_expert_groups=1,
+               n_limited_groups=1, n_shared_experts=0)  # fmt: skip
+    given = dict(steps=4, cfg=preset("toy", precision="fp8", bias_speed=0.01, **few), save_every=2)
+    whole = run(tmp_path / "whole", **given)
+    with monkeypatch.context() as patched:
+        stop_at(3, patched)
+        with pytest.raises(Stopped):
+            run(tmp_path / "stopped", **given)
+    path = tmp_path / "stopped/state/step_000000002.safetensors"
+    kept = {name: t for name, t in load_file(path).items() if ".exp_avg" in name}
+    assert len(kept) == 2 * len(list(whole.model.parameters()))
+    assert {t.dtype for t in kept.values()} == {torch.bfloat16}
+    again = run(tmp_path / "stopped", **given)
+    assert facts(again.log) == facts(whole.log) == read_log(tmp_path / "stopped")
+    assert states(tmp_path / "stopped") == states(tmp_path / "whole")
+    for name in states(tmp_path / "whole"):
+        ours, theirs = (load_file(tmp_path / at / "state" / name) for at in ("stopped", "whole"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_a_finished_run_is_not_run_again(uninterrupted):
