@@ -23,6 +23,8 @@ import pytest
 
 from minids import count, preset
 from minids.count import REPORTED_HOURS, attention_parameters, expert_parameters
+from minids.formats.bits import E4M3, E5M2
+from minids.formats.groups import BLOCK, TILE
 from minids.learn import explore
 
 ROOT = Path(__file__).parents[1]
@@ -633,9 +635,12 @@ NUMBERS = {
     ],
     "balancing bias": [V3.n_routed_experts, COUNTS.parts["gate biases"]],
     "bias rule": [V3.bias_speed],
+    "block": [" x ".join(map(str, BLOCK))],
     "centroid": [V3.dim],
     "decoupled key": [V3.qk_rope_head_dim, V3.n_heads],
     "dense layer": [V3.n_dense_layers, V3.inter_dim, MOE],
+    "E4M3": [int(E4M3.max)],
+    "E5M2": [int(E5M2.max)],
     "embedding": [V3.vocab_size, V3.dim],
     "FLOP": [f"{COUNTS.flops_training / 1e9:.1f} GFLOP", COUNTS.seq_len],
     "gate weight": [V3.n_activated_experts, V3.route_scale],
@@ -656,6 +661,7 @@ NUMBERS = {
     "MoE": [MOE, V3.n_layers, V3.n_routed_experts, V3.n_activated_experts, V3.n_shared_experts],
     "MQA": [V3.cache_dim],
     "MTP": [COUNTS.mtp],
+    "promotion": [TILE[1]],
     "query latent": [V3.q_lora_rank],
     "rank": [V3.kv_lora_rank],
     "routed expert": [
@@ -663,9 +669,12 @@ NUMBERS = {
         f"{COUNTS.parts['routed experts'] / COUNTS.total:.1%}".replace("%", " %"),
     ],
     "router": [V3.n_activated_experts, V3.n_routed_experts],
+    "scale": [int(E4M3.max)],
     "sequence-wise loss": [f"{V3.seq_loss_alpha:.4f}", V3.n_routed_experts],
     "shared expert": [V3.n_shared_experts],
+    "tile": [TILE[1]],
     "top-k": [V3.n_activated_experts, V3.n_routed_experts],
+    "underflow": [int(2 * E4M3.max / E4M3.min_subnormal)],  # half of the smallest becomes 0
 }  # fmt: skip
 
 
