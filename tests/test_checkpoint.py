@@ -514,7 +514,7 @@ die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 def save_and_die(folder, where):
     def write_some(tensors, path, **options):
         write(tensors, path, **options)
-        if where == "writing" and "-00002-" in path.name:
+        if where.startswith("writing") and "-00002-" in path.name:
             die()
 
     def rename_some(source, target):
@@ -528,8 +528,10 @@ def save_and_die(folder, where):
         remove(path, **options)
 
     checkpoint.save_file, os.rename, shutil.rmtree = write_some, rename_some, remove_some
+    dtype = "fp8" if where.endswith("fp8") else None
     for seed in range(2, 1000):
-        checkpoint.save(Transformer(preset("toy"), seed=seed), folder, max_shard_bytes=4000)
+        model = Transformer(preset("toy"), seed=seed)
+        checkpoint.save(model, folder, dtype, max_shard_bytes=2000)
         (folder.parent / f"saved {seed}").touch()
 
 for folder, where in zip(sys.argv[1::2], sys.argv[2::2]):
@@ -537,14 +539,21 @@ for folder, where in zip(sys.argv[1::2], sys.argv[2::2]):
     if not child:
         save_and_die(Path(folder), where)
         os._exit(1)
-    if where == "any moment":
+    if where.startswith("any moment"):
         while not (Path(folder).parent / "saved 4").exists():
             time.sleep(0.001)
         time.sleep(0.0037)
         os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, where
 """
-MOMENTS = ("writing", "between renames", "after both", "any moment")
+MOMENTS = (
+    "writing",
+    "writing fp8",
+    "between renames",
+    "after both",
+    "any moment",
+    "any moment fp8",
+)
 
 
 @pytest.fixture(scope="module")
@@ -563,8 +572,9 @@ def beside(folder: Path) -> set[str]:
     return {path.name for path in folder.parent.iterdir() if not path.name.startswith("saved")}
 
 
-def test_killed_while_writing(killed):
-    folder = killed["writing"]
+@pytest.mark.parametrize("moment", ["writing", "writing fp8"])
+def test_killed_while_writing(killed, moment):
+    folder = killed[moment]
     assert_same(load(folder), make())
     assert beside(folder) == {"model", ".model.new"}
     save(make(seed=3), folder)  # the next save clears up
@@ -589,12 +599,14 @@ def test_killed_after_both_renames(killed):
 
 
 @pytest.mark.filterwarnings("ignore:.*its last save was killed")
-def test_killed_at_any_moment(killed):
+@pytest.mark.parametrize("moment", ["any moment", "any moment fp8"])
+def test_killed_at_any_moment(killed, moment):
     """Whole, and one of the last that were saved: never part of one, never something older."""
-    folder = killed["any moment"]
+    folder = killed[moment]
     last = max(int(path.name.split()[1]) for path in folder.parent.glob("saved *"))
     found = load(folder)
+    assert found.embed.dtype == (torch.bfloat16 if moment.endswith("fp8") else torch.float32)
     assert any(
-        torch.equal(found.embed, Transformer(preset("toy"), seed=seed).embed)
+        torch.equal(found.embed, Transformer(preset("toy"), seed=seed).embed.to(found.embed.dtype))
         for seed in (last, last + 1)
     )

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from folders import (
@@ -24,6 +25,7 @@ from folders import (
 
 from minids import Transformer, checkpoint, load, preset, save
 from minids.files import scaled
+from minids.files.inventory import take_inventory
 from minids.files.shards import FP8, slots, tensor_names
 
 FORMATS = pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
@@ -312,6 +314,21 @@ def test_transformers_reads_the_folder(tmp_path, scale_fmt, depth):
     check_against_transformers(found, tmp_path / "m", torch.float32)
 
 
+@FORMATS
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_transformers_reads_the_same_bits(tmp_path, scale_fmt, dtype):
+    """Asked for no dtype both sides take BF16, and FP32 for the routers' biases."""
+    model = make(seed=2, scale_fmt=scale_fmt, **WHOLE)
+    save(model, tmp_path / "m", "fp8")
+    ours = load(tmp_path / "m", dtype=dtype).state_dict()
+    with oracle.mtp_layers_known(model.cfg):
+        theirs = oracle.from_folder(tmp_path / "m", model.cfg, dtype).tensors
+    for mine, its in oracle.weight_names(model.cfg).items():
+        value = theirs[its].reshape(ours[mine].shape)
+        assert ours[mine].dtype == value.dtype, mine
+        assert torch.equal(ours[mine], value), mine
+
+
 # other folders that are right
 
 
@@ -325,6 +342,7 @@ def test_the_hubs_cache_is_read(folder):
         path.rename(hub / "blobs" / str(number))
         (hub / "snapshots" / "abc" / path.name).symlink_to(f"../../blobs/{number}")
     assert_same(load(hub / "snapshots" / "abc"), want)
+    assert take_inventory(hub / "snapshots" / "abc", want.cfg).complete
 
 
 def test_a_scale_may_lie_in_another_file(folder):
