@@ -9,6 +9,7 @@ from browser import drag, shot, swipe
 
 from figures import fp8 as figures
 from figures import style
+from minids.formats.accumulate import matmul_limited
 from minids.formats.bits import E4M3, E5M2, E5M6, decode, round_to
 from minids.formats.groups import dequantise, quantise
 
@@ -517,8 +518,70 @@ def test_microscope_in_the_dark(site_page):
 # The lecture page
 
 
+@pytest.fixture
 def card() -> str:
     page = Path(figures.__file__).parents[1] / "book/teach/fp8.md"
     if not page.exists():
         pytest.skip("NOT RUN: a students' copy has no lecture pages")
     return " ".join(page.read_text("utf-8").split())
+
+
+def outcome(name, group, kind="value", values="normal", size=1, ue8m0=False) -> dict[str, float]:
+    """Return flushed shares of all values and of the outlier's tile, and the error of the rest."""
+    x, out = settled(kind, values, size, **figures.START)
+    rows, cols = figures.GROUPS[group][1]
+    back = torch.zeros_like(x)
+    for top in range(0, len(x), rows):
+        for left in range(0, x.shape[1], cols):
+            place = slice(top, top + rows), slice(left, left + cols)
+            back[place] = figures.stored(x[place], name, ue8m0).values
+    zero, token = back == 0, figures.START["token"]
+    return dict(all=100 * zero.double().mean().item(), large=int(zero[out].sum()),
+                tile=100 * zero[token, :128].double().mean().item(),
+                error=100 * relative(back[~out], x[~out]))  # fmt: skip
+
+
+def test_the_lecture_s_numbers_of_an_outlier(card):
+    int8, e4m3 = outcome("INT8", "tile", size=100), outcome("E4M3", "tile", size=100)
+    assert f"INT8 flushes {int8['tile']:.0f} % of the tile and E4M3 nothing" in card
+    assert e4m3["tile"] == 0
+    calm = {name: outcome(name, "tile")["error"] for name in ("INT8", "E4M3")}
+    assert f"{calm['INT8']:.2f} % of error against {calm['E4M3']:.2f} %" in card
+    assert abs(e4m3["error"] - calm["E4M3"]) < 0.05
+    as_much = next(
+        s for s in figures.SIZES if outcome("E4M3", "tile", size=s)["tile"] >= int8["tile"]
+    )
+    assert f"It takes {as_much:,} for E4M3" in card
+    blocks = outcome("E4M3", "block", kind="token", size=100_000)
+    assert outcome("E4M3", "tile", kind="token", size=100_000)["all"] == 0
+    assert f"In blocks {blocks['all']:.1f} % of all values become zero" in card
+    assert blocks["large"] == 0
+
+
+def test_the_lecture_s_numbers_of_values_that_spread(card):
+    flushed = [
+        outcome("E4M3", group, values="spread", ue8m0=ue8m0)["all"]
+        for group, ue8m0 in (("tile", False), ("tensor", False), ("tile", True))
+    ]
+    said = "Tiles flush {:.1f} %, one scale for all {:.1f} %, and a power of two as the scale"
+    assert f"{said} takes tiles to {{:.1f}} %".format(*flushed) in card
+    int8 = outcome("INT8", "tile", values="spread")
+    assert f"INT8 flushes {int8['all']:.1f} % and has an RMS error of {int8['error']:.2f} %" in card
+
+
+def test_the_lecture_s_numbers_of_formats_and_sums(card):
+    tenth = 100 * (kept(torch.tensor(0.1), "E4M3").item() / 0.1 - 1)
+    assert f"0.1 is off by {tenth:.2f} %" in card
+    assert f"already below {STEP / 2:.2f}" in card
+    octaves = round(math.log2(256 / E4M3.min_subnormal)) + 1
+    assert f"over {octaves} powers of two" in card
+    sum_of_two = matmul_limited(torch.tensor([[1000.0, 0.3]]), torch.ones(1, 2), group=1)
+    assert sum_of_two.item() == 1000.25
+    assert "0.25 arrives" in card
+    a, b = (torch.rand(16, 4096).to(torch.float8_e4m3fn).double() for _ in range(2))
+    exact = a @ b.mT
+    for promote, low, high in ((None, 0.065, 0.075), (128, 0, 0.001)):
+        error = (matmul_limited(a, b, promote=promote) / exact - 1).abs().max()
+        assert low < error < high
+    assert "7 % at K = 4,096" in card
+    assert "keeps it below 0.1 %" in card
