@@ -53,10 +53,10 @@ def test_what_is_left_after_the_last_promotion_counts():
 
 
 def test_the_accumulator_of_promotion_is_fp32():
-    """2^24 + 1 is no FP32 number."""
-    products = [2.0**24, *[0.0] * 31, 1.0]
-    assert matmul_limited(*by_factors(products), bits=52).item() == 2**24 + 1
-    assert matmul_limited(*by_factors(products), bits=52, promote=32).item() == 2**24
+    """2^24 + 1 is no FP32 number: added one at a time, both ones are lost."""
+    operands = by_factors([2.0**24, *[0.0] * 31, 1.0, *[0.0] * 31, 1.0])
+    assert matmul_limited(*operands, bits=52).item() == 2**24 + 2
+    assert matmul_limited(*operands, bits=52, promote=32).item() == 2**24
 
 
 # oracle: exact fractions, one product at a time

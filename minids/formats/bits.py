@@ -65,11 +65,11 @@ def round_to(x: Float[Tensor, "*shape"], fmt: Format) -> Float[Tensor, "*shape"]
 
     Infinities become `max` too, NaN stays NaN.
     """
+    x = x.clamp(-fmt.max, fmt.max)
     _, exponent = torch.frexp(x)  # |x| in [1/2, 1) * 2^exponent
     least = 2 - fmt.bias  # subnormals have the spacing of the smallest normal numbers
     step = exponent.clamp(min=least) - 1 - fmt.mantissa_bits
-    rounded = torch.ldexp(torch.ldexp(x, -step).round(), step)
-    return torch.where(x.isinf(), x, rounded).clamp(-fmt.max, fmt.max)
+    return torch.ldexp(torch.ldexp(x, -step).round(), step)
 
 
 def fields(code: Integer[Tensor, "*shape"], fmt: Format) -> Fields:
