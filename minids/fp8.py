@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import pack, repeat, unpack
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minids.config import Config
+from minids.formats import cores
 from minids.formats.bits import E4M3, E5M2, E5M6, Format, round_to
 from minids.formats.groups import (
     ACTIVATION_FLOOR,
@@ -31,11 +32,10 @@ from minids.formats.groups import (
 
 __all__ = [
     "AFTER_ATTENTION", "BLOCK", "COLUMN", "E4M3", "E5M2", "E5M6", "INTO_EXPERTS", "MOST",
-    "OUT_OF_EXPERTS",
-    "TILE", "Recipe", "Scaled", "can_use_fp8_cores", "dequantise", "gated_linear", "linear",
-    "quantise", "recipe", "scaled_matmul",
+    "OUT_OF_EXPERTS", "TILE", "Recipe", "Scaled", "dequantise",
+    "gated_experts", "gated_linear", "linear", "quantise", "recipe", "scaled_matmul",
 ]  # fmt: skip
-_DEPTH = 128  # N_C: products that are summed before their scale is applied
+_DEPTH = TILE[1]  # N_C: products that are summed before their scale is applied
 
 
 class Recipe(NamedTuple):
@@ -75,8 +75,8 @@ def scaled_matmul(a: Scaled, b: Scaled, dtype: torch.dtype = torch.float32) -> F
     if a.group[1] != _DEPTH or b.group[1] != _DEPTH or a.values.shape[-1] != b.values.shape[-1]:
         got = f"{list(a.values.shape)} by {a.group} and {list(b.values.shape)} by {b.group}"
         raise ValueError(f"operands must share a last axis in groups of {_DEPTH}, got {got}")
-    if can_use_fp8_cores(a, b):
-        return _on_fp8_cores(a, b, dtype)
+    if cores.can_take(a, b):
+        return cores.matmul(a, b, dtype)
     total = torch.zeros(len(a.values), len(b.values), device=a.values.device)
     parts = (a.values.split(_DEPTH, -1), b.values.split(_DEPTH, -1), a.scale.mT, b.scale.mT)
     for a_part, b_part, a_scale, b_scale in zip(*parts, strict=True):
@@ -87,41 +87,6 @@ def scaled_matmul(a: Scaled, b: Scaled, dtype: torch.dtype = torch.float32) -> F
 
 def _by_row(scale: Float[Tensor, " G"], x: Scaled) -> Float[Tensor, " rows"]:
     return repeat(scale, "g -> (g r)", r=x.group[0])[: len(x.values)]
-
-
-def can_use_fp8_cores(a: Scaled, b: Scaled) -> bool:
-    """Say whether torch multiplies these on tensor cores: a Hopper GPU, whole groups of 128."""
-    x = a.values
-    return (
-        x.is_cuda
-        and torch.cuda.get_device_capability(x.device) == (9, 0)
-        and {a.group, b.group} <= {TILE, BLOCK}
-        and TILE in (a.group, b.group)
-        and x.shape[-1] % _DEPTH == 0
-        and len(b.values) % _DEPTH == 0
-        and (a.group == TILE or len(x) % _DEPTH == 0)
-    )
-
-
-def _on_fp8_cores(a: Scaled, b: Scaled, dtype: torch.dtype) -> Float[Tensor, "M N"]:
-    """Call torch's product by groups: rows and blocks' scales come in fours."""
-    rows, out = len(a.values), torch.float32 if dtype == torch.float32 else torch.bfloat16
-    values, scales, kinds = [], [], []
-    for x in (a, b):
-        tile = x.group == TILE
-        lines = -len(x.values) % 4 if tile else 0
-        values.append(F.pad(x.values.view(torch.uint8), (0, 0, 0, lines)).view(x.values.dtype))
-        if tile:
-            scales.append(F.pad(x.scale, (0, 0, 0, lines)).mT.contiguous().mT)
-            kinds.append(F.ScalingType.BlockWise1x128)
-        else:
-            scales.append(F.pad(x.scale, (0, -x.scale.shape[-1] % 4)).contiguous().mT)
-            kinds.append(F.ScalingType.BlockWise128x128)
-    a_values, b_values = (x.contiguous() for x in values)
-    y = F.scaled_mm(
-        a_values, b_values.mT, scales[0], kinds[0], scales[1], kinds[1], output_dtype=out
-    )
-    return y[:rows].to(dtype)
 
 
 def linear(
@@ -148,6 +113,23 @@ def gated_linear(
     dtype = _output_dtype(gate)
     with torch.autocast(gate.device.type, enabled=False):
         return _GatedLinear.apply(gate, up, weight, how, dtype)  # pyright: ignore[reportReturnType]
+
+
+def gated_experts(
+    w_gate_up: Float[Tensor, "E 2 F D"],
+    w_down: Float[Tensor, "E D F"],
+    into: Recipe,
+    out: Recipe,
+    visits: Float[Tensor, "visits D"],
+    load: Int[Tensor, " E"],
+) -> Float[Tensor, "visits D"]:
+    """Run each expert on its rows: groups of tokens, in its weights' gradients, end with them."""
+    parts, y = (visits.split(load.tolist()), w_gate_up.unbind(0), w_down.unbind(0)), []
+    for rows, halves, weight in zip(*parts, strict=True):
+        if len(rows):
+            gate, up = (linear(rows, half, into) for half in halves.unbind(0))
+            y.append(gated_linear(gate, up, weight, out))
+    return torch.cat(y)
 
 
 class _Linear(torch.autograd.Function):

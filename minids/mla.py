@@ -25,12 +25,8 @@ from minids.rope import rotate, softmax_scale
 
 def absorbing_is_cheaper(cfg: Config, queries: int, keys: int) -> bool:
     """Compare multiply-adds a head: absorb W^UK and W^UV into the queries, or expand every key?"""
-    nope, rope, value, latent = (
-        cfg.qk_nope_head_dim,
-        cfg.qk_rope_head_dim,
-        cfg.v_head_dim,
-        cfg.kv_lora_rank,
-    )
+    nope, rope = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim
+    value, latent = cfg.v_head_dim, cfg.kv_lora_rank
     absorb = queries * latent * (nope + value) + queries * keys * (2 * latent + rope)
     expand = keys * latent * (nope + value) + queries * keys * (nope + rope + value)
     return absorb < expand
@@ -81,9 +77,8 @@ class MLA(nn.Module):
         self, x: Float[Tensor, "B T D"], phase: Complex[Tensor, "#B T R_half"]
     ) -> tuple[Float[Tensor, "B T H N"], Float[Tensor, "B T H R"]]:
         """Return each head's query without position and its rotated part."""
-        q = (
-            self.w_uq(self.q_norm(self.w_dq(x))) if self.cfg.q_lora_rank else self.w_q(x)
-        )  # Eq. 6, 7
+        compressed = self.cfg.q_lora_rank
+        q = self.w_uq(self.q_norm(self.w_dq(x))) if compressed else self.w_q(x)  # Eq. 6, 7
         q = rearrange(q, "b t (h d) -> b t h d", h=self.cfg.n_heads)
         q_nope, q_rope = q.split([self.cfg.qk_nope_head_dim, self.cfg.qk_rope_head_dim], dim=-1)
         return q_nope, rotate(q_rope, phase)  # Eq. 8, 9

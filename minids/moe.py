@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minids.balance import auxiliary_loss, expert_load, sequence_loss
 from minids.config import Config
 from minids.ffn import SwiGLU
-from minids.fp8 import INTO_EXPERTS, OUT_OF_EXPERTS, Recipe, gated_linear, linear, recipe
+from minids.fp8 import INTO_EXPERTS, OUT_OF_EXPERTS, gated_experts, recipe
 from minids.router import Router
 
 
@@ -46,9 +46,10 @@ class Experts(nn.Module):
         into, out = self.recipes if self.training else (None, None)
         if len(x) == 1 and into is None:  # a decoded token has nothing to sort
             return one_token(x, gate, ids, lambda e: (self.w_gate_up[e], self.w_down[e]))
+        run = self._run
         if into is not None and out is not None:
-            return by_expert(x, gate, ids, len(self.w_down), partial(self._in_fp8, into, out))
-        return by_expert(x, gate, ids, len(self.w_down), self._run)
+            run = partial(gated_experts, self.w_gate_up, self.w_down, into, out)
+        return by_expert(x, gate, ids, len(self.w_down), run)
 
     def _run(
         self, visits: Float[Tensor, "visits D"], load: Int[Tensor, " E"]
@@ -56,18 +57,6 @@ class Experts(nn.Module):
         w_gate_up = rearrange(self.w_gate_up, "e two f d -> e (two f) d")
         gate_half, up_half = matmul_by_expert(visits, w_gate_up, load).chunk(2, dim=-1)
         return matmul_by_expert(F.silu(gate_half) * up_half, self.w_down, load)
-
-    def _in_fp8(
-        self, into: Recipe, out: Recipe, visits: Float[Tensor, "visits D"], load: Int[Tensor, " E"]
-    ) -> Float[Tensor, "visits D"]:
-        """Run each expert in FP8: the groups of tokens in its weight gradients are its own."""
-        parts = (visits.split(load.tolist()), self.w_gate_up.unbind(0), self.w_down.unbind(0))
-        y = []
-        for rows, w_gate_up, w_down in zip(*parts, strict=True):
-            if len(rows):
-                gate, up = (linear(rows, half, into) for half in w_gate_up.unbind(0))
-                y.append(gated_linear(gate, up, w_down, out))
-        return torch.cat(y)
 
 
 def by_expert(

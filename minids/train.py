@@ -25,14 +25,12 @@ from tqdm import tqdm
 from minids import checkpoint
 from minids.balance import max_vio, update_bias
 from minids.config import Config
-from minids.data import Packed, encode_train
+from minids.data import Packed
 from minids.evaluate import check_tokenizer
-from minids.files.corpus import Corpus
 from minids.files.hf import to_hf
 from minids.model import Transformer, count_targets
 from minids.resume import Position, append_line, load_state, save_state
-from minids.schedule import V3, Rates, Schedule
-from minids.tokenizer import train_tokenizer
+from minids.schedule import Rates, Schedule
 
 _CLIP = 1.0  # of the gradient's norm
 
@@ -131,7 +129,7 @@ def train(
     that is not finite, with its step and seed.
     """
     folder = None if folder is None else Path(folder)
-    _check(model.cfg, schedule, data.seq_len, micro_batches, folder, device, save_every)
+    check_run(model.cfg, schedule, data.seq_len, micro_batches, folder, device, save_every)
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.cfg)
     about = dict(config=asdict(model.cfg), schedule=asdict(schedule), micro_batches=micro_batches,
@@ -159,46 +157,7 @@ def train(
     return Run(model, log, folder)
 
 
-def train_from_corpus(
-    cfg: Config,
-    corpus: Corpus,
-    folder: str | Path,
-    *,
-    steps: int = 1000,
-    batch_size: int = 16,
-    seq_len: int = 128,
-    peak_lr: float = 4e-3,
-    micro_batches: int = 1,
-    fim_rate: float = 0.1,
-    seed: int = 0,
-    device: str = "cpu",
-    save_every: int = 100,
-    recompute: bool = False,
-    progress: bool = True,
-) -> Run:
-    """Train a tokenizer of `vocab_size` words and a new model, with V3's schedule scaled down.
-
-    `steps` are full batches of `batch_size` rows; a tenth of them, at most 100, warm up.
-    Files and errors as in `train`.
-    """
-    for name, value in (("steps", steps), ("batch_size", batch_size), ("seq_len", seq_len)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    warmup_steps = max(1, min(100, steps // 10))
-    schedule = V3.scaled(steps * batch_size * seq_len, peak_lr=peak_lr, warmup_steps=warmup_steps,
-                         batch=batch_size)  # fmt: skip
-    _check(cfg, schedule, seq_len, micro_batches, Path(folder), device, save_every)
-    texts = [text for texts in corpus.train.values() for text in texts]
-    tokenizer = train_tokenizer(texts, cfg.vocab_size)
-    data = Packed(encode_train(corpus, tokenizer, fim_rate, seed), seq_len, seed)
-    return train(
-        Transformer(cfg, seed=seed), data, schedule, micro_batches=micro_batches, folder=folder,
-        tokenizer=tokenizer, device=device, save_every=save_every, recompute=recompute,
-        progress=progress,
-    )  # fmt: skip
-
-
-def _check(
+def check_run(
     cfg: Config, schedule: Schedule, seq_len, micro_batches, folder, device, save_every
 ) -> None:
     """Raise ValueError for what would else show hours later, or in words from deep inside."""

@@ -17,6 +17,7 @@ from minids.checkpoint import load
 from minids.cli.report import contents, table
 from minids.cli.stream import make_command, stream_command
 from minids.cli.text import decode_stream
+from minids.cli.training import train_from_corpus
 from minids.config import PRESETS, Config, preset
 from minids.count import MEASURED_TFLOPS, REPORTED_TOKENS, count, count_files
 from minids.evaluate import evaluate
@@ -26,7 +27,6 @@ from minids.files.inventory import take_inventory
 from minids.generate import Stats, stream
 from minids.learn import doctor as machine
 from minids.tokenizer import BOS, EOS, load_tokenizer
-from minids.train import train_from_corpus
 
 
 class _Errors(TyperGroup):

@@ -1,0 +1,48 @@
+"""Products of FP8 on the tensor cores of a Hopper GPU, through torch's own scaled product.
+
+Paper   DeepSeek-V3 (arXiv:2412.19437), section 3.3.2, Figure 7b; the product is cuBLAS's.
+Dims    M and N rows of the operands, K the summed axis, in groups of 128.
+Book    book/11_fp8.ipynb               Kernel  none
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from minids.formats.groups import BLOCK, TILE, Scaled
+
+
+def can_take(a: Scaled, b: Scaled) -> bool:
+    """Say whether torch multiplies these on tensor cores: a Hopper GPU, whole groups of 128."""
+    x = a.values
+    return (
+        x.is_cuda
+        and torch.cuda.get_device_capability(x.device) == (9, 0)
+        and {a.group, b.group} <= {TILE, BLOCK}
+        and TILE in (a.group, b.group)
+        and x.shape[-1] % TILE[1] == 0
+        and len(b.values) % TILE[1] == 0
+        and (a.group == TILE or len(x) % TILE[1] == 0)
+    )
+
+
+def matmul(a: Scaled, b: Scaled, dtype: torch.dtype) -> Float[Tensor, "M N"]:
+    """Call torch's product by groups: rows and blocks' scales come in fours."""
+    rows, out = len(a.values), torch.float32 if dtype == torch.float32 else torch.bfloat16
+    values, scales, kinds = [], [], []
+    for x in (a, b):
+        tile = x.group == TILE
+        lines = -len(x.values) % 4 if tile else 0
+        values.append(F.pad(x.values.view(torch.uint8), (0, 0, 0, lines)).view(x.values.dtype))
+        if tile:
+            scales.append(F.pad(x.scale, (0, 0, 0, lines)).mT.contiguous().mT)
+            kinds.append(F.ScalingType.BlockWise1x128)
+        else:
+            scales.append(F.pad(x.scale, (0, -x.scale.shape[-1] % 4)).contiguous().mT)
+            kinds.append(F.ScalingType.BlockWise128x128)
+    a_values, b_values = (x.contiguous() for x in values)
+    y = F.scaled_mm(
+        a_values, b_values.mT, scales[0], kinds[0], scales[1], kinds[1], output_dtype=out
+    )
+    return y[:rows].to(dtype)
