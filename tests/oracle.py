@@ -11,7 +11,8 @@ What was found by trying 5.23.0, and is handled here:
   its offset.
 - FP8 folders are dequantised where there is no GPU, into the dtype asked for; what is stored in
   BF16 stays BF16 whatever is asked, and the mixture cannot run: `from_folder` makes it one dtype.
-  The size of a block is taken as rows // scale rows: 128 must divide every width.
+  The size of a block is taken as rows // scale rows: 128 must divide every width. MtpModel, read
+  in BF16, rounds scales and the router's bias to BF16 before it uses them; in FP32 it is exact.
 - No shared expert makes it build layers of width 0, and torch warns about filling those.
 """
 
