@@ -7,12 +7,14 @@ Weights are large (std 0.5) and random, so that scores neither tie nor hide behi
 from itertools import pairwise
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from einops import rearrange
 from hypothesis import event, given, settings
 
 from minids import Config, Transformer
 from minids.attention import causal_mask
+from minids.fp8 import BLOCK, TILE, dequantise, quantise, scaled_matmul
 from minids.moe import MoE
 from minids.rope import phases
 
@@ -211,3 +213,44 @@ def test_permuting_experts_changes_nothing(cfg, seed, batch, length):
                 if weight is not None:
                     weight.copy_(weight[order])
         assert_near(model(ids), before)
+
+
+@drawn
+@given(shape=st.tuples(*[st.integers(1, 300)] * 3), seed=seeds, data=st.data())
+def test_fp8_products_are_those_of_the_dequantised_operands(shape, seed, data):
+    m, k, n = shape
+    generator, groups = torch.manual_seed(seed), st.sampled_from([TILE, BLOCK])
+    operands = [
+        quantise(
+            torch.randn(rows, k, generator=generator) * 2.0 ** data.draw(st.integers(-40, 40)),
+            data.draw(groups),
+            data.draw(st.sampled_from([None, "ue8m0"])),
+        )
+        for rows in (m, n)
+    ]
+    a, b = (dequantise(operand).double() for operand in operands)
+    gap = (scaled_matmul(*operands) - a @ b.mT).norm()
+    assert gap <= FP32 * (a @ b.mT).norm()
+
+
+FP32 = 1e-6  # relative; three sums of at most 128 products, and their sum
+
+
+@pytest.mark.slow
+@settings(drawn, max_examples=15)
+@given(cfg=configs(attn="mla", precision="fp8"), seed=seeds, batch=batches, extra=st.integers(0, 4))
+def test_finite_gradients_reach_every_weight_in_fp8(cfg, seed, batch, extra):
+    """As above; a gradient may also fall below E4M3's range, but not that of a whole matrix."""
+    model = build(cfg, seed).float()
+    length = 1 + cfg.mtp_depth + extra
+    losses = model.losses(words(model, batch, length + 1, seed))
+    losses.total(mtp_weight=0.3).backward()
+    excused = silent(model, length)
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None, name
+        assert weight.grad.isfinite().all(), name
+        assert weight.grad.any() or name in excused, name
+    mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+    for moe, load in zip(mixtures, losses.load, strict=True):
+        for weight in (moe.experts.w_gate_up, moe.experts.w_down):
+            assert not weight.grad[load == 0].any()

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import equations
+import mistakes_fp8 as eight_bits
 import mistakes_layers as layers
 import mistakes_training as training
 import pytest
 import torch
+import torch.nn.functional as F
 
-from minids import Config, Transformer, balance, preset, router
+from minids import Config, Transformer, balance, fp8, preset, router
 from minids.attention import causal_mask
 from minids.block import Block
 from minids.cache import Cache, CacheLayer
@@ -312,6 +314,85 @@ def property_the_balance_loss_is_minimised(total):
     assert not near(gradient(1.0), gradient(0.0)), "no router hears of it"
 
 
+# FP8; an implementation is products(x, weight, dy, scale_fmt) -> y, dx, dw
+
+
+def products(x, weight, dy, scale_fmt=None):
+    """Return what minids makes of a layer's input, weight and gradient."""
+    given = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    y = fp8.linear(*given, fp8.MOST._replace(input_scale=scale_fmt))
+    return y.detach(), *torch.autograd.grad(y, given, dy)
+
+
+def property_scales_multiply(products):
+    x, weight, dy = torch.randn(5, 20), torch.randn(7, 20), torch.randn(5, 7)
+    (y, *_), (larger, *_) = products(x, weight, dy), products(8 * x, weight, dy)
+    assert near(larger, 8 * y), "a larger scale gave no larger product"
+    assert 0.9 < (y.norm() / (x @ weight.mT).norm()).item() < 1.1, "products of another size"
+
+
+def property_backward_knows_the_fp8_copy_alone(products):
+    x, weight, dy = torch.randn(130, 20), torch.randn(7, 20), torch.randn(130, 7)
+    copy = fp8.dequantise(fp8.quantise(x))
+    *_, dw = products(x, weight, dy)
+    assert products(copy, weight, dy)[2].equal(dw), "backward saw digits that FP8 had dropped"
+
+
+def property_gradients_keep_three_digits(products):
+    dy = torch.tensor([[448.0, 9.0]])  # 9 = 1.001 (binary) * 2^3
+    _, dx, _ = products(torch.randn(1, 2), torch.eye(2), dy)
+    assert near(dx, dy), "a digit of the gradient is lost"
+
+
+def property_a_token_is_scaled_by_itself(products):
+    x, weight, dy = torch.randn(4, 20), torch.randn(7, 20), torch.randn(4, 7)
+    loud = x.clone()
+    loud[3] *= 1e5
+    (y, *_), (other, *_) = products(x, weight, dy), products(loud, weight, dy)
+    assert near(other[:3], y[:3]), "an outlier of one token silenced the others"
+
+
+def property_a_block_of_the_weight_has_one_scale(products):
+    weight, x = torch.randn(130, 140) * torch.randn(130, 1).exp(), torch.eye(140)
+    y, dx, _ = products(x, weight, x[:, :130])
+    assert near(y.mT, dx[:130]), "forward and backward multiply by different weights"
+    weight[0, 0] = 1e7
+    y, *_ = products(x, weight, x[:, :130])
+    assert not y[1:128, 1:128].any(), "rows have scales that no checkpoint has"
+
+
+def property_scales_are_of_this_call(products):
+    x, weight, dy = torch.randn(4, 20), torch.randn(7, 20), torch.randn(4, 7)
+    y, *_ = products(x, weight, dy)
+    later, *_ = products(64 * x, weight, dy)
+    assert near(later, 64 * y), "the scale was that of an earlier call"
+
+
+def property_the_largest_number_survives(products):
+    y, *_ = products(torch.tensor([[600.0]]), torch.ones(1, 1), torch.ones(1, 1), "ue8m0")
+    assert y.item() == pytest.approx(600, rel=2**-4), "the largest number was cut off"
+
+
+def property_nothing_is_nothing(products):
+    y, dx, dw = products(torch.zeros(2, 20), torch.ones(7, 20), torch.zeros(2, 7))
+    assert not any(part.any() for part in (y, dx, dw)), "zeros became something"
+
+
+def property_groups_are_scaled_before_they_are_added(products):
+    x, weight = torch.ones(1, 256), torch.ones(1, 256)
+    x[:, 128:] = 1000.0
+    y, *_ = products(x, weight, torch.ones(1, 1))
+    assert near(y, torch.tensor([[128 + 128_000.0]])), "one scale for all groups"
+
+
+def property_the_head_is_not_rounded(build):
+    cfg = preset("toy", precision="fp8", n_layers=1, mtp_depth=0)
+    model, ids = build(cfg), torch.randint(cfg.vocab_size, (2, 5))
+    with torch.no_grad():
+        logits, hidden = model(ids), model.hidden(ids)
+    assert logits.equal(F.linear(hidden, model.head.weight)), "the head is in FP8"
+
+
 class Case(NamedTuple):
     holds: Callable[[Any], None]
     right: Any
@@ -383,6 +464,32 @@ CASES = {
     "auxiliary loss computed but unused": Case(
         property_the_balance_loss_is_minimised, Losses.total,
         [(training.total_without_balance, "no router hears of it")]),
+    "FP8 scale divided, not multiplied": Case(property_scales_multiply, products, [
+        (eight_bits.scale_divided, "a larger scale gave no larger product")]),
+    "weight gradient from the input in full": Case(
+        property_backward_knows_the_fp8_copy_alone, products, [
+            (eight_bits.weight_gradient_of_the_input, "backward saw digits")]),
+    "gradients in E5M2": Case(property_gradients_keep_three_digits, products, [
+        (eight_bits.gradients_in_e5m2, "a digit of the gradient is lost")]),
+    "groups across tokens": Case(property_a_token_is_scaled_by_itself, products, [
+        (eight_bits.tiles_along_tokens, "silenced the others"),
+        (eight_bits.one_scale_a_tensor, "silenced the others")]),
+    "weights scaled by row": Case(property_a_block_of_the_weight_has_one_scale, products, [
+        (eight_bits.weights_by_tiles, "rows have scales that no checkpoint has"),
+        (eight_bits.weights_by_tiles_of_each_product, "multiply by different weights")]),
+    "delayed scaling": Case(property_scales_are_of_this_call, products, [
+        (eight_bits.delayed_scaling(clamp=True), "that of an earlier call"),
+        (eight_bits.delayed_scaling(clamp=False), "that of an earlier call")]),
+    "power-of-two scales rounded to nearest": Case(property_the_largest_number_survives, products, [
+        (eight_bits.powers_of_two_to_nearest(clamp=True), "the largest number was cut off"),
+        (eight_bits.powers_of_two_to_nearest(clamp=False), "the largest number was cut off")]),
+    "a scale of zero": Case(property_nothing_is_nothing, products, [
+        (eight_bits.scale_of_nothing, "zeros became something")]),
+    "scales applied after the sum": Case(
+        property_groups_are_scaled_before_they_are_added, products,
+        [(eight_bits.scaled_after_the_sum, "one scale for all groups")]),
+    "head in FP8": Case(property_the_head_is_not_rounded, Transformer, [
+        (eight_bits.head_in_fp8, "the head is in FP8")]),
 }  # fmt: skip
 
 PLANTED = [
