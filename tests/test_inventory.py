@@ -259,6 +259,13 @@ def test_a_folder_that_only_lacks_its_index(folder):
     assert count(folder).endswith("not as it must be: load refuses this folder\n")
 
 
+def test_weights_without_a_config(folder):
+    (folder / "config.json").unlink()
+    result = CliRunner().invoke(cli.app, ["count", str(folder)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"minids: {folder}/config.json: no such file, ")
+
+
 def test_names_without_files_are_counted_as_before(folder):
     for path in [*shards(folder), folder / INDEX]:
         path.unlink()

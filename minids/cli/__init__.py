@@ -74,6 +74,8 @@ def read_config(name: str) -> Config:
     if name in PRESETS:
         return preset(name)
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if Path(name).is_dir() and not path.is_file():
+        raise ValueError(f"{path}: no such file, it says what the weights are: fetch it too")
     if not path.is_file():
         raise ValueError(f"{name!r} is neither a file nor a preset: {', '.join(PRESETS)}")
     try:

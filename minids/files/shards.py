@@ -161,7 +161,7 @@ def _open(path: Path, stack: ExitStack) -> Any:
     try:
         return stack.enter_context(safe_open(path, "pt"))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+        raise ValueError(f"{path}: not a whole safetensors file, fetch it again: {error}") from None
 
 
 def weight_map(folder: Path) -> dict[str, str]:
@@ -190,7 +190,8 @@ def open_shards(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
                 raise ValueError(f"{path}: unexpected tensor {name}, {INDEX} does not put it here")
             found[name] = path, file
     if absent := sorted(places.keys() - found.keys()):
-        raise ValueError(f"{folder / places[absent[0]]}: tensor {absent[0]} is missing")
+        path = folder / places[absent[0]]
+        raise ValueError(f"{path}: tensor {absent[0]} is missing (minids count lists all)")
     return found
 
 
