@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fp8_loop import Roles
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minids import Transformer, fp8, preset
 from minids.ffn import SwiGLU
 from minids.files.shards import FP8, slots
+from minids.formats import cores
 from minids.formats.groups import ACTIVATION_FLOOR, scale_shape
 from minids.fp8 import BLOCK, COLUMN, TILE, Scaled, quantise, scaled_matmul
 from minids.linear import Linear
@@ -540,13 +542,55 @@ def test_shapes_and_strides_are_those_that_torch_asks_for(rows, cols, out, kind)
         weight = on_meta(out, cols, BLOCK) if kind == "forward" else on_meta(cols, out, BLOCK).mT
         a, b, expected = on_meta(rows, cols, TILE), weight, (rows, out)
     for dtype in (torch.float32, torch.bfloat16):
-        y = fp8._on_fp8_cores(a, b, dtype)
+        y = cores.matmul(a, b, dtype)
         assert (tuple(y.shape), y.dtype) == (expected, dtype)
 
 
 def test_a_cpu_has_no_fp8_cores():
-    assert not fp8.can_use_fp8_cores(quantise(torch.ones(128, 128)), quantise(torch.ones(128, 128)))
-    assert not fp8.can_use_fp8_cores(on_meta(128, 128, TILE), on_meta(128, 128, BLOCK))
+    assert not cores.can_take(quantise(torch.ones(128, 128)), quantise(torch.ones(128, 128)))
+    assert not cores.can_take(on_meta(128, 128, TILE), on_meta(128, 128, BLOCK))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "shapes", "groups", "takes"),
+    [
+        ("12.9", (9, 0), ((1, 256), (384, 256)), (TILE, BLOCK), True),
+        ("13.0", (9, 0), ((256, 256), (384, 256)), (BLOCK, TILE), True),
+        ("13.0", (9, 0), ((1, 256), (384, 256)), (BLOCK, TILE), False),  # a ragged block
+        ("13.0", (9, 0), ((1, 256), (300, 256)), (TILE, TILE), False),
+        ("13.0", (9, 0), ((1, 576), (384, 576)), (TILE, BLOCK), False),
+        ("13.0", (9, 0), ((256, 256), (384, 256)), (BLOCK, BLOCK), False),
+        ("12.8", (9, 0), ((1, 256), (384, 256)), (TILE, BLOCK), False),  # an older cuBLAS
+        (None, (9, 0), ((1, 256), (384, 256)), (TILE, BLOCK), False),  # another maker
+        ("13.0", (10, 0), ((1, 256), (384, 256)), (TILE, BLOCK), False),  # Blackwell
+        ("13.0", (8, 9), ((1, 256), (384, 256)), (TILE, BLOCK), False),
+    ],
+)
+def test_cores_take_what_torch_multiplies_there(
+    cuda, capability, shapes, groups, takes, monkeypatch
+):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():  # tensors of a GPU that is not there
+        operands = [
+            Scaled(torch.empty(shape, dtype=FP8, device="cuda"),
+                   torch.empty(scale_shape(shape, group), device="cuda"), group)
+            for shape, group in zip(shapes, groups, strict=True)
+        ]  # fmt: skip
+        assert cores.can_take(*operands) == takes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_cores_round_to_bf16_only_where_it_is_asked_for(dtype, monkeypatch):
+    asked, call = [], F.scaled_mm
+
+    def scaled_mm(*given, output_dtype):
+        asked.append(output_dtype)
+        return call(*given, output_dtype=output_dtype)
+
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    assert cores.matmul(on_meta(5, 128, TILE), on_meta(128, 128, BLOCK), dtype).dtype == dtype
+    assert asked == [torch.bfloat16 if dtype == torch.bfloat16 else torch.float32]
 
 
 # the tensor cores add products of one group with fewer digits than FP32 (report 3.3.2)
@@ -568,7 +612,7 @@ def test_tensor_cores_equal_the_emulation(rows, cols, out, groups):
         pytest.skip("NOT RUN: blocks of 128 are multiplied on Hopper GPUs alone")
     a, b = (quantise(torch.randn(n, cols), g) for n, g in zip((rows, out), groups, strict=True))
     expected = scaled_matmul(a, b)
-    assert fp8.can_use_fp8_cores(on_gpu(a), on_gpu(b)) == (groups[0] == TILE or rows % 128 == 0)
+    assert cores.can_take(on_gpu(a), on_gpu(b)) == (groups[0] == TILE or rows % 128 == 0)
     y = scaled_matmul(on_gpu(a), on_gpu(b)).cpu()
     assert (y - expected).norm() <= CORES * expected.norm()
 

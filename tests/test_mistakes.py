@@ -356,7 +356,7 @@ def property_a_block_of_the_weight_has_one_scale(products):
     weight, x = torch.randn(130, 140) * torch.randn(130, 1).exp(), torch.eye(140)
     y, dx, _ = products(x, weight, x[:, :130])
     assert near(y.mT, dx[:130]), "forward and backward multiply by different weights"
-    weight[0, 0] = 1e7
+    weight[0, 0] = 1e9
     y, *_ = products(x, weight, x[:, :130])
     assert not y[1:128, 1:128].any(), "rows have scales that no checkpoint has"
 

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from minids.formats.groups import BLOCK, TILE, Scaled
 
+_LEAST_CUDA = (12, 9)  # the first whose cuBLAS scales by groups of 128
+
 
 def can_take(a: Scaled, b: Scaled) -> bool:
     """Say whether torch multiplies these on tensor cores: a Hopper GPU, whole groups of 128."""
-    x = a.values
+    x, cuda = a.values, torch.version.cuda or "0"  # None in builds for other makers' GPUs
     return (
         x.is_cuda
+        and tuple(map(int, cuda.split("."))) >= _LEAST_CUDA
         and torch.cuda.get_device_capability(x.device) == (9, 0)
         and {a.group, b.group} <= {TILE, BLOCK}
         and TILE in (a.group, b.group)
@@ -29,7 +32,7 @@ def can_take(a: Scaled, b: Scaled) -> bool:
 
 def matmul(a: Scaled, b: Scaled, dtype: torch.dtype) -> Float[Tensor, "M N"]:
     """Call torch's product by groups: rows and blocks' scales come in fours."""
-    rows, out = len(a.values), torch.float32 if dtype == torch.float32 else torch.bfloat16
+    rows, out = len(a.values), dtype if dtype == torch.bfloat16 else torch.float32
     values, scales, kinds = [], [], []
     for x in (a, b):
         tile = x.group == TILE
