@@ -106,6 +106,12 @@ def test_power_of_two_scales_by_hand():
     assert dequantise(q).tolist() == [[3.0, 13 / 128]]
 
 
+def test_a_scale_above_a_power_of_two_goes_to_the_next():
+    """A scale of 2^20 (1 + 2^-23): FP32 rounds its logarithm to 20."""
+    q = quantise(torch.tensor([[2**20 * (448 + 2**-15)]]), scale_fmt="ue8m0")
+    assert (q.scale.item(), q.values.float().item()) == (2**21, 224)
+
+
 def test_groups_by_hand():
     """Largest numbers by tiles of two, by blocks, by columns, and of the whole matrix."""
     x = torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 1.0, 16.0, 1.0]])
@@ -160,6 +166,16 @@ def test_equals_the_loop_at_ragged_widths(group, scale_fmt, width):
 def test_equals_the_loop_at_576(group, scale_fmt):
     """V3's latent and its rotary key: 4.5 blocks."""
     assert_equals_the_loop(scattered(5, 576), group, scale_fmt, ACTIVATION_FLOOR)
+
+
+def test_middles_are_divided_by_the_scale():
+    """As the release does; the inverse of the scale would round some to the other neighbour."""
+    largest = torch.rand(20, 1) + 0.5
+    middle = torch.from_numpy((_VALUES[1:] + _VALUES[:-1]) / 2).float()
+    x = torch.cat([largest, middle * (largest / 448)], dim=1)
+    assert_equals_the_loop(x, (1, x.shape[1]), None)
+    scale = quantise(x, (1, x.shape[1])).scale
+    assert (x * (1 / scale) != x / scale).any()
 
 
 _LARGE = 247 * 2.0**120  # what is larger may come back infinite, see below
