@@ -158,6 +158,8 @@ class Streamed:
             table = {i: self.files.rows(_EMBED, i, i + 1) for i in {*ids.flatten().tolist()}}
             run.x = torch.stack([torch.cat([table[i] for i in row]) for row in ids.tolist()])
         for layer in range(run.layer, self.cfg.n_layers):
+            if layer + 1 < self.cfg.n_layers:  # the disk reads while this layer is computed
+                self.files.prefetch(self.surely_read(layer + 1))
             x, _ = self.block(layer)(run.x, phase, visible, run.cache.layer(layer))
             if not x.isfinite().all():
                 raise ValueError(f"layer {layer} gives no finite output: a weight of it is damaged")
@@ -173,6 +175,12 @@ class Streamed:
         read = partial(self.files.rows, _HEAD)
         parts = [F.linear(x, read(start, start + _HEAD_ROWS)) for start in starts]
         return at_least_fp32(torch.cat(parts, dim=-1))
+
+    def surely_read(self, layer: int) -> list[str]:
+        """Return the published names of all that a layer reads whichever experts it chooses."""
+        with torch.device("meta"):
+            names = Block(self.cfg, layer).state_dict()
+        return [layer_tensor(layer, name) for name in names if ".experts." not in name]
 
     def block(self, layer: int) -> Block:
         """Return a layer that holds its norms and its router; the rest it reads from its files."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, process_time
 
 import typer
 from tqdm import tqdm
@@ -87,22 +87,19 @@ class Screen:
 
 @dataclass
 class Meter:
-    """What tokens cost: the prompt's all together, then each new one."""
+    """What tokens cost, in seconds and the processor's: the prompt's together, each new one's."""
 
     files: Mapped
-    prompt: list[tuple[float, int]] = field(default_factory=list)  # seconds, bytes
-    words: list[tuple[float, int]] = field(default_factory=list)
+    prompt: list[tuple[float, float, int]] = field(default_factory=list)  # and bytes
+    words: list[tuple[float, float, int]] = field(default_factory=list)
     layer_seconds: dict[str, list[float]] = field(default_factory=lambda: {"dense": [], "MoE": []})
 
     def start(self, is_prompt: bool, whole: bool) -> None:
         """Begin a token; of one that is not run `whole`, behind a stop, no mean is taken."""
         self.costs = (self.prompt if is_prompt else self.words) if whole else []
-        self.is_prompt, self.began, self.bytes_before = (
-            is_prompt,
-            perf_counter(),
-            self.files.bytes_read,
-        )
-        self.layer_began = self.began
+        self.is_prompt, self.bytes_before = is_prompt, self.files.bytes_read
+        self.began = self.layer_began = perf_counter()
+        self.processor_began = process_time()
 
     def layer(self, kind: str) -> None:
         now = perf_counter()
@@ -111,23 +108,26 @@ class Meter:
         self.layer_began = now
 
     def stop(self) -> None:
-        spent = perf_counter() - self.began, self.files.bytes_read - self.bytes_before
-        self.costs.append(spent)
+        seconds, processor = perf_counter() - self.began, process_time() - self.processor_began
+        self.costs.append((seconds, processor, self.files.bytes_read - self.bytes_before))
 
     def line(self) -> str:
         """Return what stands behind the bar."""
         read = f"{self.files.bytes_read / 1e9:.1f} GB read"
         if not self.words:
             return read
-        return f"{read}, {len(self.words) / sum(s for s, _ in self.words):.3g} tokens/s"
+        seconds = sum(cost[0] for cost in self.words)
+        return f"{read}, {len(self.words) / seconds:.3g} tokens/s"
 
     def summary(self) -> str:
         """Return what the run cost, for a person."""
         parts = []
         for name, costs in (("prompt", self.prompt), ("a token", self.words)):
             if costs:
-                seconds, nbytes = (sum(column) / len(costs) for column in zip(*costs, strict=True))
-                parts.append(f"{name}: {seconds:.2f} s, {nbytes / 1e9:.2f} GB read")
+                sums = (sum(column) for column in zip(*costs, strict=True))
+                seconds, processor, nbytes = (each / len(costs) for each in sums)
+                busy = f"processor {processor:.2f} s"
+                parts.append(f"{name}: {seconds:.2f} s ({busy}), {nbytes / 1e9:.2f} GB read")
         for kind, seconds in self.layer_seconds.items():
             if seconds:
                 parts.append(f"{kind} layer: {sum(seconds) / len(seconds):.3f} s")
