@@ -2,8 +2,7 @@
 
 Paper   MHA arXiv:1706.03762, MQA arXiv:1911.02150, GQA arXiv:2305.13245;
         DeepSeek-V2 (arXiv:2405.04434), Table 1.
-Dims    B batch, T queries, S keys, D width, H query heads, G key heads, N width of a query or key,
-        V width of a value.
+Dims    B batch, T queries, S keys, D width, H query heads, G key heads, N key and V value width.
 Book    book/03_cache.ipynb             Kernel  none
 """
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from minids.cache import CacheLayer
 from minids.config import Config
+from minids.fp8 import AFTER_ATTENTION, recipe
 from minids.linear import Linear
 from minids.rope import rotate, softmax_scale
 
@@ -60,12 +60,12 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, how = cfg, recipe(cfg)
         self.scale = softmax_scale(cfg)
-        self.w_q = Linear(cfg.dim, cfg.n_heads * cfg.qk_head_dim)
-        self.w_k = Linear(cfg.dim, cfg.kv_heads * cfg.qk_head_dim)
-        self.w_v = Linear(cfg.dim, cfg.kv_heads * cfg.v_head_dim)
-        self.w_o = Linear(cfg.n_heads * cfg.v_head_dim, cfg.dim)
+        self.w_q = Linear(cfg.dim, cfg.n_heads * cfg.qk_head_dim, how)
+        self.w_k = Linear(cfg.dim, cfg.kv_heads * cfg.qk_head_dim, how)
+        self.w_v = Linear(cfg.dim, cfg.kv_heads * cfg.v_head_dim, how)
+        self.w_o = Linear(cfg.n_heads * cfg.v_head_dim, cfg.dim, recipe(cfg, AFTER_ATTENTION))
 
     def forward(
         self,

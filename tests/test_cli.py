@@ -156,3 +156,20 @@ def test_train_then_evaluate_then_generate(config, tmp_path):
     assert plain.stdout == drafted.stdout
     assert "guesses right" in drafted.stderr
     assert "guesses right" not in plain.stderr
+
+
+def test_train_in_fp8_from_a_config_file(tmp_path):
+    """A published config.json with a quantization_config is a config that trains in FP8."""
+    few = dict(n_layers=1, n_routed_experts=2, n_expert_groups=1, n_limited_groups=1, mtp_depth=0)
+    published = to_hf(preset("toy", vocab_size=270, precision="fp8", scale_fmt="ue8m0", **few))
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    (tmp_path / "a.txt").write_text("".join(f"{n} {TEXT}" for n in range(40)))
+    out, small = tmp_path / "run", ("--steps", "2", "--batch-size", "2", "--seq-len", "16")
+    given = ("--config", tmp_path / "config.json", "--corpus", tmp_path / "a.txt", *small)
+    trained = run("train", out, *given)
+    assert trained.exit_code == 0, trained.output
+    cfg = cli.read_config(str(out / "model"))
+    assert (cfg.precision, cfg.scale_fmt) == ("fp8", "ue8m0")
+    asked = run("generate", out / "model", "The quick", "--max-new-tokens", "4")
+    assert asked.exit_code == 0, asked.output
+    assert asked.stdout.startswith("The quick")

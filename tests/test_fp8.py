@@ -344,6 +344,19 @@ def test_exactly_the_matrices_of_the_release_go_through_fp8_once_a_pass(changes,
     assert all(w.grad is not None and w.grad.any() for w in model.parameters())
 
 
+@pytest.mark.parametrize("attn", ["mha", "gqa", "mqa"])
+def test_the_baselines_of_mla_are_trained_by_the_same_rules(attn, seen):
+    """Or a comparison with them in FP8 would compare precisions."""
+    cfg = preset("toy", precision="fp8", attn=attn, n_layers=1, n_dense_layers=1, mtp_depth=0)
+    model = Transformer(cfg)
+    model.losses(tokens_for(model, rows=1)).main.backward()
+    layer, recipes = model.layers[0], dict(seen)
+    for part in (layer.attn.w_q, layer.attn.w_k, layer.attn.w_v):
+        assert recipes.pop(part.weight.data_ptr()) == fp8.MOST
+    assert recipes.pop(layer.attn.w_o.weight.data_ptr()) == fp8.AFTER_ATTENTION
+    assert recipes.keys() == {weight.data_ptr() for weight in layer.ffn.parameters()}
+
+
 POWERS = "ue8m0"
 PLACES = {  # fields of a Recipe that are not its defaults, by section 3.3.3
     "self_attn.o_proj": dict(input_scale=POWERS, cached=fp8.E5M6),
