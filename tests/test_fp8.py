@@ -160,6 +160,19 @@ def test_linear_equals_the_loop(name, tokens, i, o):
         near(one, loop)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_only_what_a_layer_reads_has_a_floor(name):
+    """Inputs below 1e-4 share the scale of 1e-4, as in the release; gradients of 1e-9 have none."""
+    how, roles = RECIPES[name]
+    x, w, dy = draw(5, 130).detach() * 1e-9, draw(8, 130), torch.randn(5, 8) * 1e-9
+    y, dx, _ = products(lambda x, w: fp8.linear(x, w, how), x.requires_grad_(), w, dy=dy)
+    loop = fp8_loop.linear(*to_numpy(x, w, dy), roles)
+    near(y, loop.y)
+    near(dx, loop.dx)
+    assert 0.05 < ((y - x @ w.T).norm() / y.norm()).item() < 0.5  # digits are lost to the floor
+    assert ((dx - dy @ w).norm() / dx.norm()).item() < 0.05  # and none here
+
+
 @pytest.mark.parametrize(("tokens", "i", "o"), SHAPES)
 @pytest.mark.parametrize("name", ["most", "out of experts", "V3.1"])
 def test_gated_linear_equals_the_loop(name, tokens, i, o):
