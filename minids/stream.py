@@ -1,7 +1,7 @@
 """A checkpoint far larger than memory: its files are run one layer, one matrix at a time.
 
 Paper   none; the layout of the release, the model of DeepSeek-V3 (arXiv:2412.19437), Eqs. 1-16.
-Dims    B batch, T tokens, D width, K experts a token, F expert width, `vocab` words.
+Dims    B batch, T tokens, D width, `vocab` words.
 Book    book/11_fp8.ipynb               Kernel  none
 Differs from the model in memory: no MTP modules. Else the same bits: the same blocks do the same
         products, on weights that are read and dequantised where they are used.
@@ -21,63 +21,17 @@ from torch import Tensor, nn
 from minids.block import Block
 from minids.cache import Cache
 from minids.files.mapped import Mapped
+from minids.files.on_disk import ExpertsOnDisk, OnDisk
 from minids.files.opened import check_device, dtype_of, open_checkpoint
-from minids.files.shards import FP8, expert_tensor, layer_tensor
+from minids.files.shards import FP8, layer_tensor
 from minids.generate import Sampler
 from minids.linear import Linear
-from minids.moe import Experts, by_expert, one_token, run_expert
+from minids.moe import Experts
 from minids.norm import RMSNorm, at_least_fp32
 from minids.rope import frequencies
 
 _EMBED, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _HEAD_ROWS = 8192  # of the head are multiplied at a time: 117 MB at V3's width
-
-
-class OnDisk(nn.Module):
-    """A Linear that reads its weight where it is used, and keeps nothing of it."""
-
-    recipe = None  # it multiplies in the dtype of the run, not in FP8
-
-    def __init__(self, read: Callable[[], Tensor]):
-        super().__init__()
-        self.read = read
-
-    @property
-    def weight(self) -> Tensor:
-        return self.read()
-
-    def forward(self, x: Float[Tensor, "*shape in_dim"]) -> Float[Tensor, "*shape out_dim"]:
-        return F.linear(x, self.read())
-
-
-class ExpertsOnDisk(nn.Module):
-    """The routed experts of a layer: those that a token chose are read, one at a time."""
-
-    def __init__(self, files: Mapped, layer: int, experts: int):
-        super().__init__()
-        self.files, self.layer, self.experts = files, layer, experts
-
-    def forward(
-        self, x: Float[Tensor, "BT D"], gate: Float[Tensor, "BT K"], ids: Int[Tensor, "BT K"]
-    ) -> Float[Tensor, "BT D"]:
-        chosen = sorted({*ids.flatten().tolist()})
-        self.files.prefetch([name for e in chosen for name in self._names(e)])
-        if len(x) == 1:
-            return one_token(x, gate, ids, self._weights)
-        return by_expert(x, gate, ids, self.experts, self._run)
-
-    def _run(
-        self, visits: Float[Tensor, "visits D"], load: Int[Tensor, " E"]
-    ) -> Float[Tensor, "visits D"]:
-        rows = enumerate(visits.split(load.tolist()))
-        return torch.cat([run_expert(part, *self._weights(e)) for e, part in rows if len(part)])
-
-    def _weights(self, e: int) -> tuple[Float[Tensor, "2 F D"], Float[Tensor, "D F"]]:
-        gate, up, down = self._names(e)
-        return self.files.weight(gate, up), self.files.weight(down)
-
-    def _names(self, e: int) -> list[str]:
-        return [expert_tensor(self.layer, e, part) for part in ("gate", "up", "down")]
 
 
 @dataclass

@@ -2,9 +2,11 @@
 a stop at any moment, and files that go bad on the way."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -21,8 +23,10 @@ from minids.cli.screen import Stopped
 from minids.files import state as states
 from minids.files import text_state
 from minids.files.mapped import Mapped
+from minids.files.on_disk import ExpertsOnDisk
+from minids.files.shards import FP8, tensor_names
 from minids.generate import Sampler
-from minids.stream import ExpertsOnDisk, Run, Streamed
+from minids.stream import Run, Streamed
 from minids.tokenizer import train_tokenizer
 
 V2 = dict(score_func="softmax", norm_topk=False, group_score="max", bias_speed=0.0,
@@ -534,3 +538,47 @@ def test_a_state_holds_no_more_of_the_cache_than_is_used(nano, tmp_path):
         assert file.get_slice("cache").get_shape() == [2, 1, 12, 48]
         about = json.loads(file.metadata()["state"])["about"]
     assert about["prompt"][0] == 0  # the token before a text, of config.json
+
+
+# what a token costs
+
+
+PARTS = {
+    "routed": ".experts.", "shared": "shared_experts", "routers": "mlp.gate.", "dense": ".mlp.",
+    "head": "lm_head", "attention": "self_attn", "the rest": "",
+}  # fmt: skip
+
+
+def token_bytes(cfg) -> dict[str, int]:
+    """Return what a token reads of an FP8 checkpoint, by part, counted from names and shapes."""
+    parts = dict.fromkeys(PARTS, 0)
+    for name, (shape, dtype) in tensor_names(cfg, FP8).items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if name.startswith(f"model.layers.{cfg.n_layers}."):
+            continue  # MTP
+        if name == "model.embed_tokens.weight":
+            nbytes //= cfg.vocab_size
+        part = next((part for part, sign in PARTS.items() if sign in name), "the rest")
+        parts[part] += nbytes
+    return parts | {"routed": parts["routed"] * cfg.n_activated_experts // cfg.n_routed_experts}
+
+
+def test_a_token_reads_what_is_counted(nano):
+    model = Streamed(nano)
+    model(PROMPT[:, :1])
+    assert model.files.bytes_read == sum(token_bytes(model.cfg).values())
+
+
+def test_the_page_shows_what_is_counted():
+    page = (Path(__file__).parents[1] / "book/run.md").read_text(encoding="utf-8")
+    parts, names = token_bytes(preset("v3")), tensor_names(preset("v3"), FP8)
+    total = sum(parts.values())
+    whole = sum(math.prod(shape) * dtype.itemsize for shape, dtype in names.values())
+    assert f"{len(names):,} tensors, {whole:,} bytes" in page
+    for nbytes in (total, *parts.values()):
+        assert f"{nbytes:,}" in page
+    assert f"{(total - parts['routed']) / 1e9:.1f} GB without routed experts" in page
+    floors = re.findall(r"^\| ([\d.]+) GB/s .*\| ([\d.]+) \|$", page, flags=re.MULTILINE)
+    assert len(floors) == 4
+    for speed, seconds in floors:
+        assert float(seconds) == pytest.approx(total / 1e9 / float(speed), rel=0.01)

@@ -171,9 +171,8 @@ def test_bad_options(tmp_path, options, says):
 def test_a_disk_without_the_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"1,000,000\.0 GB are needed, .* GB are free"):
         check_room(tmp_path / "a/b", 10**15)
-    monkeypatch.setattr(
-        synthetic.shutil, "disk_usage", lambda _: synthetic.shutil._ntuple_diskusage(1, 1, 99)
-    )
+    usage = shutil.disk_usage(tmp_path)._replace(free=99)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     fails(run(tmp_path / "m", "--preset", "nano"), "GB are needed")
     assert not list(tmp_path.iterdir())
 

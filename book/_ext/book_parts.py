@@ -14,7 +14,7 @@ PARTS = {
     "Fast and large": 11,
     "The whole": 14,
 }
-FURTHER = ["glossary", "references", "errata", "teach/index"]
+FURTHER = ["run", "glossary", "references", "errata", "teach/index"]
 MARK = "<!-- chapters -->"
 
 

@@ -82,7 +82,7 @@ class Screen:
 
     def close(self) -> None:
         self.bar.close()
-        typer.echo(self.line)
+        typer.echo(self.line, err=not self.on_terminal)  # stdout holds the text and no more
 
 
 @dataclass
