@@ -181,6 +181,7 @@ def test_worst_errors_by_hand():
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_a_group_through_eight_bits(name, power_of_two):
     tile = torch.tensor(figures.tile_data()["data"][1]["values"])[:1, :128]
+    tile *= -tile[0, tile.abs().argmax()].sign()  # the largest is below zero
     back, scale = figures.stored(tile, name, power_of_two)
     if name == "E4M3":
         want = quantise(tile, (1, 128), "ue8m0" if power_of_two else None)
@@ -244,12 +245,12 @@ SPECIAL = ["0", "-0", "", "1e39", "-1e39", "448", "-448", "449", "464", "464.1",
 def test_number_equals_torch_at_every_code_and_between(site_page):
     page = site_page(f"{CHAPTER}.html")
     finite = FINITE["E4M3"]
-    middle = ((finite[1:] + finite[:-1]) / 2).float()
+    middle = ((finite[1:] + finite[:-1]) / 2).float()  # ties
     up, down = torch.tensor(INF), torch.tensor(-INF)
-    above = middle[middle > 0]
-    xs = [finite.float(), middle, above.nextafter(up), above.nextafter(down)]
+    middle = middle[middle > 0]
+    xs = [finite.float(), middle, middle.nextafter(up), middle.nextafter(down)]
     few = FINITE["E5M2"][FINITE["E5M2"] > 0]
-    xs += [few.float(), ((few[1:] + few[:-1]) / 2).float(), torch.randn(60).exp() ** 5]
+    xs += [((few[1:] + few[:-1]) / 2).float(), torch.randn(60).exp() ** 5]
     xs = torch.cat(xs).tolist()
     rows = read(page, [repr(x) for x in xs] + SPECIAL)
     xs += [float(x) if x else NAN for x in SPECIAL]
@@ -325,10 +326,12 @@ FLIP = """([name, bits, codes, said]) => codes.map(code => {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_codes_keep_their_bits_and_the_others_follow(site_page, name):
-    """Every code of eight bits, each bit and the special codes of the others."""
+    """Every code of E4M3, many of eight bits, each bit and the special codes of the others."""
     page, n = site_page(f"{CHAPTER}.html"), BITS[name]
     top = {"E5M6": 0x7C0, "BF16": 0x7F80}.get(name, 0)  # infinity; one more is a NaN
-    codes = [*range(2**n)] if n == 8 else [*(1 << bit for bit in range(n)), top, top + 1]
+    codes = [*(1 << bit for bit in range(n)), top, top + 1]
+    if n == 8:
+        codes = [*range(0, 256, 1 if name == "E4M3" else 3), 0x7C, 0x7D, 0x80, 0x81]
     rows = page.evaluate(FLIP, [name.lower(), n, codes, SAID])
     for code, row in zip(codes, rows, strict=True):
         value = VALUES[name][code]
