@@ -518,9 +518,11 @@ def test_a_few_steps_lower_the_loss(scale_fmt):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale_fmt", [None, POWERS])
-@pytest.mark.parametrize("name", ["toy", "nano", "micro", "ragged v3"])
-def test_thirty_steps_lower_the_loss_as_in_fp32(name, scale_fmt):
+@pytest.mark.parametrize(
+    ("name", "scale_fmt"),
+    [("toy", None), ("nano", None), ("nano", POWERS), ("micro", None), ("ragged v3", POWERS)],
+)
+def test_thirty_steps_lower_the_loss(name, scale_fmt):
     changes = dict(precision="fp8", scale_fmt=scale_fmt)
     cfg = preset("v3", **RAGGED | changes) if "v3" in name else preset(name, **changes)
     losses = learn(Transformer(cfg), 30)
