@@ -72,6 +72,7 @@ def stream_command(
             where = f"stopped in {_where(model, run, len(tokens))}"
             if not isinstance(error, KeyboardInterrupt):
                 raise type(error)(f"{error}; {where}; the same command goes on") from error
+            typer.echo(f"[{meter.summary()}]", err=True)
             command = shlex.join(["minids", *sys.argv[1:]])
             typer.echo(f"minids: {error}: {where}; go on with: {command}", err=True)
             raise typer.Exit(error.code if isinstance(error, Stopped) else 130) from None
