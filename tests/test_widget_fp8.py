@@ -8,7 +8,7 @@ import torch
 from browser import drag, shot, swipe
 
 from figures import fp8 as figures
-from figures import style
+from figures import microscope, style
 from minids.formats.accumulate import matmul_limited
 from minids.formats.bits import E4M3, E5M2, E5M6, decode, round_to
 from minids.formats.groups import dequantise, quantise
@@ -168,11 +168,11 @@ def test_numbers_are_those_of_torch_s_codes():
     for fmt in (E4M3, E5M2, E5M6):
         codes = VALUES[fmt.name]
         want = codes[codes.isfinite() & (codes > 0)].sort().values
-        assert figures.numbers(fmt) == want.tolist()
+        assert microscope.numbers(fmt) == want.tolist()
 
 
 def test_worst_errors_by_hand():
-    ends, errors = figures.worst([1.0, 2.0, 3.0])
+    ends, errors = microscope.worst([1.0, 2.0, 3.0])
     assert ends == [0.5, 1, 2, 3]
     assert errors == pytest.approx([1.0, 1 / 3, 1 / 5, 1 / 5])
 
@@ -180,9 +180,9 @@ def test_worst_errors_by_hand():
 @pytest.mark.parametrize("name", ["E4M3", "E5M2", "INT8"])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_a_group_through_eight_bits(name, power_of_two):
-    tile = torch.tensor(figures.tile_data()["data"][1]["values"])[:1, :128]
+    tile = torch.tensor(microscope.tile_data()["data"][1]["values"])[:1, :128]
     tile *= -tile[0, tile.abs().argmax()].sign()  # the largest is below zero
-    back, scale = figures.stored(tile, name, power_of_two)
+    back, scale = microscope.stored(tile, name, power_of_two)
     if name == "E4M3":
         want = quantise(tile, (1, 128), "ue8m0" if power_of_two else None)
         assert torch.equal(back, dequantise(want))
@@ -197,15 +197,19 @@ def test_a_group_through_eight_bits(name, power_of_two):
 
 
 def test_no_value_to_quantise_is_zero():
-    for data in figures.tile_data()["data"]:
+    for data in microscope.tile_data()["data"]:
         assert torch.tensor(data["values"]).abs().min() > 0
 
 
 def test_what_the_outlier_s_picture_is_said_to_show():
-    tile = torch.tensor(figures.tile_data()["data"][0]["values"][figures.START["token"]])[:128]
-    others = torch.arange(128) != figures.START["channel"]
+    tile = torch.tensor(microscope.tile_data()["data"][0]["values"][microscope.START["token"]])[
+        :128
+    ]
+    others = torch.arange(128) != microscope.START["channel"]
     errors = {
-        name: {size: figures.error_of_others(tile, others, name, size) for size in figures.SIZES}
+        name: {
+            size: microscope.error_of_others(tile, others, name, size) for size in microscope.SIZES
+        }
         for name in ("E4M3", "E5M2", "INT8")
     }
     first = {name: next((s for s in at if at[s] > 0.1), None) for name, at in errors.items()}
@@ -349,7 +353,7 @@ def test_examples_are_what_they_say(site_page):
     kinds = {"smallest normal": "normal", "subnormal": "subnormal", "largest": "normal",
              "too large for E4M3": "saturated", "tie with zero": "flushed",
              "not a number": "NaN"}  # fmt: skip
-    for index, (name, x) in enumerate(figures.number_data()["examples"]):
+    for index, (name, x) in enumerate(microscope.number_data()["examples"]):
         control(page, "example").select_option(str(index))
         assert_shows(page, NAN if x is None else x)
         kind = next((kinds[words] for words in kinds if words in name), "")
@@ -364,7 +368,7 @@ def test_examples_are_what_they_say(site_page):
 
 def settled(kind, values, size, token, channel) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tensor with its outlier, FP32, and where the outlier is."""
-    data = {d["name"]: d["values"] for d in figures.tile_data()["data"]}
+    data = {d["name"]: d["values"] for d in microscope.tile_data()["data"]}
     x = torch.tensor(data[values])
     out = torch.zeros_like(x, dtype=torch.bool)
     if kind == "value":
@@ -383,8 +387,8 @@ CELLS = """() => Object.fromEntries([...document.querySelectorAll("[data-name^=g
 def assert_tile(page, *, name="E4M3", group="tile", kind="value", values="normal", index=0,
                 token=2, channel=40, ue8m0=False) -> None:  # fmt: skip
     """Compare all that the second half says with minids' quantiser, group by group."""
-    x, out = settled(kind, values, figures.SIZES[index], token, channel)
-    rows, cols = figures.GROUPS[group][1]
+    x, out = settled(kind, values, microscope.SIZES[index], token, channel)
+    rows, cols = microscope.GROUPS[group][1]
     if name == "E4M3":
         scaled = quantise(x, (rows, cols), "ue8m0" if ue8m0 else None)
         whole, scales = dequantise(scaled), scaled.scale
@@ -393,7 +397,7 @@ def assert_tile(page, *, name="E4M3", group="tile", kind="value", values="normal
     for top in range(0, len(x), rows):
         for left in range(0, x.shape[1], cols):
             place = slice(top, top + rows), slice(left, left + cols)
-            back[place], scale = figures.stored(x[place], name, ue8m0)
+            back[place], scale = microscope.stored(x[place], name, ue8m0)
             if name == "E4M3":
                 back[place], scale = whole[place], scales[top // rows, left // cols]
             flushed = (back[place] == 0).sum().item()
@@ -438,7 +442,7 @@ def test_tile_by_mouse_and_keys(open_chapter, surface):
     outlier = control(page, "outlier")
     before = pixels(page)
     drag(outlier, 1.0)
-    last = len(figures.SIZES) - 1
+    last = len(microscope.SIZES) - 1
     assert int(outlier.input_value()) == last
     assert_tile(page, index=last)
     assert pixels(page) != before
@@ -462,7 +466,7 @@ def test_tile_by_mouse_and_keys(open_chapter, surface):
 
 
 @pytest.mark.parametrize("name", ["E4M3", "E5M2", "INT8"])
-@pytest.mark.parametrize("group", list(figures.GROUPS))
+@pytest.mark.parametrize("group", list(microscope.GROUPS))
 def test_tile_equals_minids(site_page, name, group):
     page = site_page(f"{CHAPTER}.html")
     control(page, "format").select_option(name)
@@ -531,14 +535,14 @@ def card() -> str:
 
 def outcome(name, group, kind="value", values="normal", size=1, ue8m0=False) -> dict[str, float]:
     """Return flushed shares of all values and of the outlier's tile, and the error of the rest."""
-    x, out = settled(kind, values, size, **figures.START)
-    rows, cols = figures.GROUPS[group][1]
+    x, out = settled(kind, values, size, **microscope.START)
+    rows, cols = microscope.GROUPS[group][1]
     back = torch.zeros_like(x)
     for top in range(0, len(x), rows):
         for left in range(0, x.shape[1], cols):
             place = slice(top, top + rows), slice(left, left + cols)
-            back[place] = figures.stored(x[place], name, ue8m0).values
-    zero, token = back == 0, figures.START["token"]
+            back[place] = microscope.stored(x[place], name, ue8m0).values
+    zero, token = back == 0, microscope.START["token"]
     return dict(all=100 * zero.double().mean().item(), large=int(zero[out].sum()),
                 tile=100 * zero[token, :128].double().mean().item(),
                 error=100 * relative(back[~out], x[~out]))  # fmt: skip
@@ -552,7 +556,7 @@ def test_the_lecture_s_numbers_of_an_outlier(card):
     assert f"{calm['INT8']:.2f} % of error against {calm['E4M3']:.2f} %" in card
     assert abs(e4m3["error"] - calm["E4M3"]) < 0.05
     as_much = next(
-        s for s in figures.SIZES if outcome("E4M3", "tile", size=s)["tile"] >= int8["tile"]
+        s for s in microscope.SIZES if outcome("E4M3", "tile", size=s)["tile"] >= int8["tile"]
     )
     assert f"It takes {as_much:,} for E4M3" in card
     blocks = outcome("E4M3", "block", kind="token", size=100_000)
