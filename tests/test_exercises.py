@@ -37,7 +37,7 @@ def named(value: object) -> str:
 
 
 def test_there_are_exercises():
-    assert {"start", "count", "mla", "balance"} <= set(chapters())
+    assert {"start", "count", "mla", "balance", "fp8"} <= set(chapters())
 
 
 @pytest.mark.parametrize("stem", chapters())

@@ -19,7 +19,7 @@ CHAPTERS = [p.name for p in sorted(BOOK.glob("*.ipynb")) if LIVE in p.read_text(
 
 
 def test_there_are_chapters_with_figures_to_drag():
-    assert {"01_count.ipynb", "04_mla.ipynb", "08_balance.ipynb"} <= set(CHAPTERS)
+    assert {"01_count.ipynb", "04_mla.ipynb", "08_balance.ipynb", "11_fp8.ipynb"} <= set(CHAPTERS)
 
 
 def test_make_learn_trusts_the_book_before_it_opens_it(tmp_path):
