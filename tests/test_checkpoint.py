@@ -226,6 +226,10 @@ def test_tokenizer_travels_along(tmp_path):
         assert theirs("the mat sat")["input_ids"] == ids
     save(model, tmp_path / "m")  # without one the folder keeps it
     assert load_tokenizer(tmp_path / "m").encode("the mat sat").ids == ids
+    other = train_tokenizer(["xyzzy xyzzy xyzzy"], 265)
+    save(model, tmp_path / "m", tokenizer=other)  # the one that is given is not the one kept
+    assert load_tokenizer(tmp_path / "m").encode("xyzzy").ids == other.encode("xyzzy").ids
+    assert load_tokenizer(tmp_path / "m").get_vocab_size() == other.get_vocab_size()
     with pytest.raises(ValueError, match=r"tokenizer has .* tokens, vocab_size is 32"):
         save(make(), tmp_path / "n", tokenizer=tokenizer)
 
