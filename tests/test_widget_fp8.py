@@ -226,7 +226,7 @@ def test_stills_are_drawn_the_same_twice():
              last=2.0 + number / 100, heldout=2.0 + number / 100 + seed / 1000)
         for model in ("nano", "micro") for number, arm in enumerate(figures.ARMS)
         for seed in (0, 1, 2)
-    ]}  # fmt: skip
+    ], "control": []}  # fmt: skip
     stills = {
         figures.draw: (), figures.draw_bits: (), figures.draw_outlier: (),
         figures.draw_accumulation: ([128, 256], few), figures.draw_training: (results,),

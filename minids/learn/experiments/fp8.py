@@ -31,16 +31,24 @@ from minids.train import train
 
 STEPS = {"nano": 300, "micro": 150}
 ARMS = ("fp32", "fp8", "fp8, gradients by blocks")
+CONTROL = "fp32, weights a millionth larger"
 SEEDS = (0, 1, 2)
 EVERY, LAST = 10, 50  # steps of one point of a curve; of the loss that is compared
 HELDOUT_ROWS = 64
 
 
 def build(name: str, arm: str, seed: int) -> Transformer:
-    """Return a preset's model that trains as `arm` says; weights depend on the seed alone."""
+    """Return a preset's model that trains as `arm` says; weights depend on the seed alone.
+
+    The control's are a millionth larger: what parts it from FP32 is no precision, it is chance.
+    """
     model = Transformer(preset(name, precision=arm[:4].rstrip(",")), seed=seed)
     if arm == ARMS[2]:
         group_gradients_by_blocks(model)
+    if arm == CONTROL:
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1 + 1e-6)
     return model
 
 
@@ -75,23 +83,27 @@ def run(name: str, arm: str, seed: int, text: Text, steps: int) -> dict[str, Any
 
 def gap(results: dict[str, Any], name: str, arm: str, what: str = "last") -> tuple[float, float]:
     """Return how far an arm's loss lies above FP32's, relative, paired by seed: mean and 95 %."""
-    loss = {(run["arm"], run["seed"]): run[what] for run in results["runs"] if run["model"] == name}
+    runs = [*results["runs"], *results["control"]]
+    loss = {(run["arm"], run["seed"]): run[what] for run in runs if run["model"] == name}
     return interval([loss[arm, seed] / loss["fp32", seed] - 1 for seed in SEEDS])
 
 
 def main() -> None:
     """Run every model, arm and seed, write the log, print the gaps beside the report's."""
     torch.set_num_threads(1)
-    print(f"{len(STEPS)} models x {len(ARMS)} arms x {len(SEEDS)} seeds: about an hour of one core")
+    print(f"{len(STEPS)} models x {len(ARMS) + 1} arms x {len(SEEDS)} seeds: an hour of a core")
     start, text, runs = time.perf_counter(), read_text(), []
-    todo = [(name, arm, seed) for name in STEPS for seed in SEEDS for arm in ARMS]
+    todo = [(name, arm, seed) for name in STEPS for seed in SEEDS for arm in (*ARMS, CONTROL)]
     for name, arm, seed in tqdm(todo, unit=" runs"):
         runs.append(run(name, arm, seed, text, STEPS[name]))
-    results = {"runs": runs}
+    results = {
+        "runs": [run for run in runs if run["arm"] != CONTROL],
+        "control": [run for run in runs if run["arm"] == CONTROL],
+    }
     print(log.write("fp8", results, seconds=time.perf_counter() - start,
                     command="python -m minids.learn.experiments.fp8"))  # fmt: skip
     for name in STEPS:
-        for arm in ARMS[1:]:
+        for arm in (*ARMS[1:], CONTROL):
             trained, heldout = gap(results, name, arm), gap(results, name, arm, "heldout")
             print(
                 f"{name}, {arm}: loss {trained[0]:+.3%} +- {trained[1]:.3%}, held out "
