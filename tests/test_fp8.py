@@ -523,10 +523,10 @@ def test_a_few_steps_lower_the_loss(scale_fmt):
     ("name", "scale_fmt"),
     [("toy", None), ("nano", None), ("nano", POWERS), ("micro", None), ("ragged v3", POWERS)],
 )
-def test_thirty_steps_lower_the_loss(name, scale_fmt):
+def test_every_size_learns(name, scale_fmt):
     changes = dict(precision="fp8", scale_fmt=scale_fmt)
     cfg = preset("v3", **RAGGED | changes) if "v3" in name else preset(name, **changes)
-    losses = learn(Transformer(cfg), 30)
+    losses = learn(Transformer(cfg), 30 if name == "toy" else 8)
     assert losses[-1] < losses[0] - 0.2
     assert all(np.isfinite(losses))
 
