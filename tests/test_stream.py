@@ -127,6 +127,16 @@ def test_a_head_in_many_slices_is_the_same_head(nano, monkeypatch):
         assert torch.equal(Streamed(nano)(PROMPT), load(nano)(PROMPT))
 
 
+def test_what_a_layer_holds_is_what_the_model_in_memory_holds(nano):
+    """Norms, centroids and the routing bias, the last one in FP32; all else is read where used."""
+    model, held = load(nano), Streamed(nano).block(1).state_dict()
+    expected = model.layers[1].state_dict()
+    assert {name for name in expected if "norm" in name or "router" in name} == held.keys()
+    for name, value in held.items():
+        assert value.dtype == expected[name].dtype, name
+        assert torch.equal(value, expected[name]), name
+
+
 # what is read, and how long it stays
 
 

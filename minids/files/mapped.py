@@ -55,34 +55,51 @@ class Mapped:
         self.found: dict[str, tuple[Path, Any]] = {
             name: (place.path, self) for name, place in self.places.items()
         }
+        self.rooms = [torch.empty(0, dtype=dtype) for _ in range(2)]
         self.bytes_read, self.seconds_waited = 0, 0.0
         self.before_read = lambda: None  # may raise, where a run may stop
 
     def weight(self, *names: str) -> Tensor:
         """Return a weight, FP8 multiplied by its scales; several of one shape as one stack.
 
+        The memory of an FP8 weight is used again: it holds until the next but one is asked for.
+
         Raises ValueError for a NaN code or a bad scale, OSError where a file cannot be read any
         more; both name it.
         """
         if names[0] + SCALE not in self.places:
             values = [self.get_tensor(name) for name in names]
-            return self._placed(values[0] if len(names) == 1 else torch.stack(values))
+            exact = names[0].endswith("e_score_correction_bias")  # FP32 in every model
+            value = values[0] if len(names) == 1 else torch.stack(values)
+            return self._placed(value, torch.float32 if exact else self.dtype)
         parts = [read_scaled(self.found, name) for name in names]
         values, scale = parts[0][:2]
         if len(names) > 1:
             values = torch.stack([part.values for part in parts])
             scale = torch.stack([part.scale for part in parts])
         scaled = Scaled(values.to(self.device), scale.to(self.device), parts[0].group)
-        return dequantise(scaled, self.dtype)
+        return dequantise(scaled, self.dtype, self._room(values.shape))
+
+    def _room(self, shape: torch.Size) -> Tensor | None:
+        """Return memory of that shape, of two pieces in turns: an expert's matrices live together.
+
+        The system clears fresh memory page by page, which took as long as all the rest.
+        """
+        if self.device.type != "cpu":
+            return None
+        self.rooms.reverse()
+        if self.rooms[0].numel() < shape.numel():
+            self.rooms[0] = torch.empty(shape.numel(), dtype=self.dtype)
+        return self.rooms[0][: shape.numel()].unflatten(0, shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return some rows of an unscaled table."""
-        return self._placed(self.get_tensor(name, start, stop))
+        return self._placed(self.get_tensor(name, start, stop), self.dtype)
 
-    def _placed(self, value: Tensor) -> Tensor:
+    def _placed(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         # the last digits of a product depend on how memory is aligned, in files it is not
         value = value.clone() if value.data_ptr() % _ALIGNED else value
-        return value.to(self.device, self.dtype)
+        return value.to(self.device, dtype)
 
     def get_tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return a tensor as stored, or some rows of it; its memory is the file's own."""

@@ -60,13 +60,18 @@ def quantise(
     return Scaled(values.clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn), scale, group)
 
 
-def dequantise(x: Scaled, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*batch rows cols"]:
-    """Return value times scale, computed in FP32 and rounded once, to `dtype`."""
+def dequantise(
+    x: Scaled, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Float[Tensor, "*batch rows cols"]:
+    """Return value times scale, computed in FP32 and rounded once, to `dtype`.
+
+    Blocks on a CPU are written to `out` if it is given: fresh memory takes longer than they do.
+    """
     in_bits = x.values.is_cpu and x.values.dtype == torch.float8_e4m3fn and x.values.numel()
     if not in_bits or _is_special(x):
         wide = x.values.float()
     elif x.group == BLOCK:
-        out = torch.empty(x.values.shape, dtype=dtype)
+        out = torch.empty(x.values.shape, dtype=dtype) if out is None else out
         _expand(x.values, x.scale, out)
         return out
     else:
