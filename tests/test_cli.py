@@ -13,7 +13,8 @@ from minids.count import count
 from minids.files.hf import to_hf
 from minids.tokenizer import train_tokenizer
 
-VERBS = ["tour", "count", "train", "evaluate", "generate", "bench", "doctor"]
+VERBS = ["tour", "count", "train", "evaluate", "generate", "stream", "make-checkpoint", "bench",
+         "doctor"]  # fmt: skip
 TEXT = "The quick brown fox jumps over the lazy dog, again and again.\n"
 
 
