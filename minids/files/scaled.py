@@ -3,8 +3,8 @@
 Paper   README_WEIGHTS.md of the release: `weight_scale_inv` (in spite of its name a multiplier).
 Dims    rows and cols of a weight, G and J blocks along them (the last ones may be ragged).
 Book    book/11_fp8.ipynb               Kernel  none
-Differs `scale_fmt` "ue8m0" says that scales are powers of two; others are read as they are, because
-        V3.1-Terminus has such in `o_proj` (its model card says so).
+Differs `scale_fmt` "ue8m0" says that scales are powers of two; others are read as they are: what
+        they multiply to is as well defined.
 
 What `save` wrote, read and saved in FP8 once more: FP32 scales through FP32 weights give the same
 bytes, through BF16 weights the same codes and scales that differ by 2^-8 at most. Powers of two
