@@ -1,0 +1,1 @@
+"""Triton kernels of minids, one file a kernel; each wrapper has the signature of its reference."""
