@@ -31,8 +31,14 @@ def can_take(a: Scaled, b: Scaled) -> bool:
 
 
 def matmul(a: Scaled, b: Scaled, dtype: torch.dtype) -> Float[Tensor, "M N"]:
-    """Call torch's product by groups: rows and blocks' scales come in fours."""
-    rows, out = len(a.values), dtype if dtype == torch.bfloat16 else torch.float32
+    """Call torch's product by groups; it rounds to BF16 or FP32, and to others from there."""
+    out = dtype if dtype == torch.bfloat16 else torch.float32
+    y = F.scaled_mm(*arguments(a, b), output_dtype=out)
+    return y[: len(a.values)].to(dtype)
+
+
+def arguments(a: Scaled, b: Scaled) -> tuple:
+    """Lay out what `F.scaled_mm` takes: rows and blocks' scales come in fours."""
     values, scales, kinds = [], [], []
     for x in (a, b):
         tile = x.group == TILE
@@ -45,7 +51,4 @@ def matmul(a: Scaled, b: Scaled, dtype: torch.dtype) -> Float[Tensor, "M N"]:
             scales.append(F.pad(x.scale, (0, -x.scale.shape[-1] % 4)).contiguous().mT)
             kinds.append(F.ScalingType.BlockWise128x128)
     a_values, b_values = (x.contiguous() for x in values)
-    y = F.scaled_mm(
-        a_values, b_values.mT, scales[0], kinds[0], scales[1], kinds[1], output_dtype=out
-    )
-    return y[:rows].to(dtype)
+    return a_values, b_values.mT, scales[0], kinds[0], scales[1], kinds[1]
