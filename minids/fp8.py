@@ -2,7 +2,7 @@
 
 Paper   DeepSeek-V3 (arXiv:2412.19437), sections 3.3.1-3.3.3, Figures 6 and 7; App. B.2.
 Dims    M rows (tokens), I and O widths of a weight, G and J groups, K the summed axis of a product.
-Book    book/11_fp8.ipynb               Kernel  none
+Book    book/11_fp8.ipynb               Kernel  minids_kernels/fp8_matmul.py
 Differs weights and gradients have no published floor of a scale: here only zeros are lifted.
         The E5M6 cache keeps the tile scales of the forward operand. Dense layers' SwiGLU is cached
         as the experts' (the report says it of MoE).
@@ -27,8 +27,11 @@ from minids.formats.groups import (
     Scaled,
     dequantise,
     quantise,
+    quantise_twice,
+    requantise,
     widen,
 )
+from minids.impl import kernels
 
 __all__ = [
     "AFTER_ATTENTION", "BLOCK", "COLUMN", "E4M3", "E5M2", "E5M6", "INTO_EXPERTS", "MOST",
@@ -39,13 +42,14 @@ _DEPTH = TILE[1]  # N_C: products that are summed before their scale is applied
 
 
 class Recipe(NamedTuple):
-    """How the operands of one layer's three products are stored; the defaults are most layers'."""
+    """How one layer's three products are stored and computed; the defaults are most layers'."""
 
     scale_fmt: str | None = None  # of the weight's scales
     input_scale: str | None = None  # "ue8m0" behind attention and before experts (3.3.3)
     grad_scale: str | None = None  # of the output's gradient; "ue8m0" behind experts (3.3.3)
     cached: Format = E4M3  # how the input waits for backward; E5M6 behind attention (3.3.3)
     grad_group: tuple[int, int] = TILE  # of the input gradient; BLOCK diverged (App. B.2)
+    impl: str = "torch"  # "triton": the same products and roundings by kernels
 
 
 # the formats of section 3.3.3: powers of two where a tensor is grouped again or sent to experts
@@ -66,15 +70,19 @@ def recipe(cfg: Config, special: Recipe = MOST) -> Recipe | None:
     return special._replace(scale_fmt="ue8m0", input_scale="ue8m0", grad_scale="ue8m0")
 
 
-def scaled_matmul(a: Scaled, b: Scaled, dtype: torch.dtype = torch.float32) -> Float[Tensor, "M N"]:
+def scaled_matmul(
+    a: Scaled, b: Scaled, dtype: torch.dtype = torch.float32, impl: str = "torch"
+) -> Float[Tensor, "M N"]:
     """Return a b^T: each 128 products are summed, scaled, and added in FP32 (Figure 7b).
 
-    Both operands are grouped by 128 along their last axis, ragged at its end. On the tensor cores
-    where torch offers it, else the same sum in FP32 by ordinary products.
+    Both operands are grouped by 128 along their last axis, ragged at its end. With "torch" on the
+    tensor cores where torch offers it, else the same sum in FP32 by ordinary products.
     """
     if a.group[1] != _DEPTH or b.group[1] != _DEPTH or a.values.shape[-1] != b.values.shape[-1]:
         got = f"{list(a.values.shape)} by {a.group} and {list(b.values.shape)} by {b.group}"
         raise ValueError(f"operands must share a last axis in groups of {_DEPTH}, got {got}")
+    if impl == "triton":
+        return kernels().scaled_matmul(a, b, dtype)
     if cores.can_take(a, b):
         return cores.matmul(a, b, dtype)
     total = torch.zeros(len(a.values), len(b.values), device=a.values.device)
@@ -136,38 +144,41 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, how, dtype):
         rows, ctx.shape = pack([x], "* i")
-        tiles = quantise(rows, TILE, how.input_scale, ACTIVATION_FLOOR)
-        w = quantise(weight, BLOCK, how.scale_fmt)
-        ctx.save_for_backward(*w[:2], *_cached(rows, tiles, how)[:2])
+        tiles = quantise(rows, TILE, how.input_scale, ACTIVATION_FLOOR, how.impl)
+        w, w_mT = quantise_twice(weight, BLOCK, BLOCK, how.scale_fmt, impl=how.impl)
+        ctx.save_for_backward(*w_mT[:2], *_cached(rows, tiles, how)[:2])
         ctx.how, ctx.dtypes = how, (x.dtype, weight.dtype)
-        return _unpack(scaled_matmul(tiles, w, dtype), ctx.shape)
+        return _unpack(scaled_matmul(tiles, w, dtype, how.impl), ctx.shape)
 
     @staticmethod
     def backward(ctx, *grads):
-        how, (w, cached) = ctx.how, _operands(ctx, BLOCK, TILE)
+        how, (w_mT, cached) = ctx.how, _operands(ctx, BLOCK, TILE)
         dy, _ = pack([grads[0]], "* o")
-        dx = _unpack(input_gradient(dy, w, how, ctx.dtypes[0]), ctx.shape)
-        return dx, weight_gradient(dy, dequantise(cached), how).to(ctx.dtypes[1]), None, None
+        columns = requantise(cached, COLUMN, how.input_scale, impl=how.impl)
+        dx, dw = gradients(dy, w_mT, columns, how, ctx.dtypes[0])
+        return _unpack(dx, ctx.shape), dw.to(ctx.dtypes[1]), None, None
 
 
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, weight, how, dtype):
         rows, ctx.shape = pack([F.silu(gate) * up], "* i")
-        tiles = quantise(rows, TILE, how.input_scale, ACTIVATION_FLOOR)
-        w = quantise(weight, BLOCK, how.scale_fmt)
-        halves = (quantise(pack([half], "* i")[0], TILE, how.scale_fmt) for half in (gate, up))
-        ctx.save_for_backward(*w[:2], *(part for half in halves for part in half[:2]))
+        tiles = quantise(rows, TILE, how.input_scale, ACTIVATION_FLOOR, how.impl)
+        w, w_mT = quantise_twice(weight, BLOCK, BLOCK, how.scale_fmt, impl=how.impl)
+        flat = (pack([half], "* i")[0] for half in (gate, up))
+        halves = (quantise(half, TILE, how.scale_fmt, impl=how.impl) for half in flat)
+        ctx.save_for_backward(*w_mT[:2], *(part for half in halves for part in half[:2]))
         ctx.how, ctx.dtypes = how, (gate.dtype, weight.dtype)
-        return _unpack(scaled_matmul(tiles, w, dtype), ctx.shape)
+        return _unpack(scaled_matmul(tiles, w, dtype, how.impl), ctx.shape)
 
     @staticmethod
     def backward(ctx, *grads):
-        how, (w, *halves) = ctx.how, _operands(ctx, BLOCK, TILE, TILE)
+        how, (w_mT, *halves) = ctx.how, _operands(ctx, BLOCK, TILE, TILE)
         dy, _ = pack([grads[0]], "* o")
-        gate, up = (dequantise(half) for half in halves)
-        dw = weight_gradient(dy, F.silu(gate) * up, how)  # the product is made again
-        d_hidden = input_gradient(dy, w, how, torch.float32)
+        gate, up = (dequantise(half, impl=how.impl) for half in halves)
+        hidden = F.silu(gate) * up  # the product is made again
+        columns = quantise(hidden, COLUMN, how.input_scale, impl=how.impl)
+        d_hidden, dw = gradients(dy, w_mT, columns, how, torch.float32)
         sigmoid = gate.sigmoid()
         d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
         d_up = d_hidden * gate * sigmoid
@@ -175,19 +186,17 @@ class _GatedLinear(torch.autograd.Function):
         return *dx, dw.to(ctx.dtypes[1]), None, None
 
 
-def input_gradient(
-    dy: Float[Tensor, "M O"], w: Scaled, how: Recipe, dtype: torch.dtype
-) -> Float[Tensor, "M I"]:
-    """Return dY W: tiles along the outputs, the blocks of the forward product (Dgrad)."""
-    return scaled_matmul(quantise(dy, how.grad_group, how.grad_scale), w.mT, dtype)
+def gradients(
+    dy: Float[Tensor, "M O"], w_mT: Scaled, x: Scaled, how: Recipe, dtype: torch.dtype
+) -> tuple[Float[Tensor, "M I"], Float[Tensor, "O I"]]:
+    """Return dX = dY W and, in FP32, dW = dY^T X (Dgrad and Wgrad of Figure 6).
 
-
-def weight_gradient(
-    dy: Float[Tensor, "M O"], x: Float[Tensor, "M I"], how: Recipe
-) -> Float[Tensor, "O I"]:
-    """Return dY^T X in FP32: both operands grouped by 128 tokens of one channel (Wgrad)."""
-    columns = quantise(dy, COLUMN, how.grad_scale), quantise(x, COLUMN, how.input_scale)
-    return scaled_matmul(columns[0].mT, columns[1].mT)
+    Dgrad sums over outputs: tiles of dY, the blocks of the forward product turned. Wgrad sums over
+    tokens: both of its operands are grouped by 128 tokens of one channel.
+    """
+    rows, columns = quantise_twice(dy, how.grad_group, COLUMN, how.grad_scale, impl=how.impl)
+    dx = scaled_matmul(rows, w_mT, dtype, how.impl)
+    return dx, scaled_matmul(columns, x.mT, torch.float32, how.impl)
 
 
 def _cached(x: Float[Tensor, "M I"], tiles: Scaled, how: Recipe) -> Scaled:

@@ -20,6 +20,7 @@ from minids.attention import causal_mask
 from minids.block import Block
 from minids.cache import Cache
 from minids.config import Config
+from minids.impl import use
 from minids.linear import Linear
 from minids.moe import MoE, Routed
 from minids.mtp import MTP, shift
@@ -46,8 +47,6 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg: Config, impl: str = "torch", seed: int = 0):
         super().__init__()
-        if impl != "torch":
-            raise ValueError(f"impl must be 'torch' (no kernel is written yet), got {impl!r}")
         self.cfg = cfg
         self.embed = nn.Parameter(torch.empty(cfg.vocab_size, cfg.dim))
         self.layers = nn.ModuleList(Block(cfg, index) for index in range(cfg.n_layers))
@@ -56,6 +55,7 @@ class Transformer(nn.Module):
         depths = range(cfg.n_layers, cfg.n_layers + cfg.mtp_depth)
         self.mtp = nn.ModuleList(MTP(cfg, Block(cfg, index)) for index in depths)
         self.freq = nn.Buffer(frequencies(cfg), persistent=False)
+        use(self, impl)
         self.initialise(seed)
 
     @torch.no_grad()

@@ -396,7 +396,7 @@ def test_wrong_ids(ids: Tensor, message: str):
 def test_error_messages():
     model, ids = small(), text()
     cache = model.new_cache(batch=2, capacity=8)
-    with pytest.raises(ValueError, match="impl must be 'torch'"):
+    with pytest.raises(ValueError, match="impl must be one of 'torch', 'triton', got 'tpu'"):
         Transformer(Config(**BASE), impl="tpu")
     with pytest.raises(ValueError, match="document mask and a cache do not go together"):
         model(ids, mask=DOCUMENTS, cache=cache)

@@ -142,6 +142,7 @@ def _train(
     device: Device = "cpu",
     save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 100,
     recompute: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
+    impl: Annotated[str, typer.Option(help="torch, or triton: for FP8 on a GPU.")] = "torch",
 ) -> None:
     """Train a new model; stopped at any moment, the same command goes on from its last state."""
     from minids.learn.tour import save_plot
@@ -150,6 +151,7 @@ def _train(
         read_config(name), load_corpus(corpus), folder, steps=steps, batch_size=batch_size,
         seq_len=seq_len, peak_lr=peak_lr, micro_batches=micro_batches, fim_rate=fim_rate,
         seed=seed, device=device, save_every=save_every, recompute=recompute,
+        impl=impl,
     )  # fmt: skip
     typer.echo(f"model: {folder / 'model'}, plot: {folder / 'loss.svg'}")
     save_plot(run.log, folder / "loss.svg")

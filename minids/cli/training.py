@@ -31,6 +31,7 @@ def train_from_corpus(
     device: str = "cpu",
     save_every: int = 100,
     recompute: bool = False,
+    impl: str = "torch",
     progress: bool = True,
 ) -> Run:
     """Train a tokenizer of `vocab_size` words and a new model, with V3's schedule scaled down.
@@ -45,11 +46,11 @@ def train_from_corpus(
     schedule = V3.scaled(steps * batch_size * seq_len, peak_lr=peak_lr, warmup_steps=warmup_steps,
                          batch=batch_size)  # fmt: skip
     check_run(cfg, schedule, seq_len, micro_batches, Path(folder), device, save_every)
+    model = Transformer(cfg, impl, seed)
     texts = [text for texts in corpus.train.values() for text in texts]
     tokenizer = train_tokenizer(texts, cfg.vocab_size)
     data = Packed(encode_train(corpus, tokenizer, fim_rate, seed), seq_len, seed)
     return train(
-        Transformer(cfg, seed=seed), data, schedule, micro_batches=micro_batches, folder=folder,
-        tokenizer=tokenizer, device=device, save_every=save_every, recompute=recompute,
-        progress=progress,
+        model, data, schedule, micro_batches=micro_batches, folder=folder, tokenizer=tokenizer,
+        device=device, save_every=save_every, recompute=recompute, progress=progress,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 Paper   DeepSeek-V3 (arXiv:2412.19437), section 3.3.2, Figure 7a; floor and rounding of scales:
         inference/kernel.py of the release; layout of scales: README_WEIGHTS.md.
 Dims    rows and cols of the matrices, G and J groups along them (the last ones may be ragged).
-Book    book/11_fp8.ipynb               Kernel  none
+Book    book/11_fp8.ipynb               Kernel  minids_kernels/fp8_quantise.py
 """
 
 import math
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minids.formats.bits import E4M3
+from minids.impl import kernels
 
 TILE, BLOCK, COLUMN = (1, 128), (128, 128), (128, 1)  # rows x cols of a group
 ACTIVATION_FLOOR = 1e-4  # least max-abs of an activation's tile
@@ -42,6 +43,7 @@ def quantise(
     group: tuple[int, int] = TILE,
     scale_fmt: str | None = None,
     floor: float = 0.0,
+    impl: str = "torch",
 ) -> Scaled:
     """Round to E4M3, each group's largest number to 448; "ue8m0" scales are powers of two.
 
@@ -51,6 +53,8 @@ def quantise(
     """
     if scale_fmt not in (None, "ue8m0"):
         raise ValueError(f"scale_fmt must be None or 'ue8m0', got {scale_fmt!r}")
+    if impl == "triton":
+        return Scaled(*kernels().quantise(x, group, scale_fmt, floor))
     wide = x.float()
     amax = reduce(_grouped(wide.abs(), group), "... g r j c -> ... g j", "max")
     scale = amax.clamp(min=max(floor, _SMALLEST)) / E4M3.max
@@ -60,13 +64,48 @@ def quantise(
     return Scaled(values.clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn), scale, group)
 
 
+def quantise_twice(
+    x: Float[Tensor, "*batch rows cols"],
+    group: tuple[int, int],
+    turned: tuple[int, int],
+    scale_fmt: str | None = None,
+    floor: float = 0.0,
+    impl: str = "torch",
+) -> tuple[Scaled, Scaled]:
+    """Return x in groups of `group` and its transpose, x in groups of `turned`; kernels read once.
+
+    The operands of two products: dY for both gradients, W for the output and the input's gradient.
+    """
+    if impl == "triton":
+        first, second = kernels().quantise_twice(x, group, turned, scale_fmt, floor)
+        return Scaled(*first), Scaled(*second)
+    first = quantise(x, group, scale_fmt, floor)
+    same = first if turned == group else quantise(x, turned, scale_fmt, floor)
+    return first, same.mT
+
+
+def requantise(
+    x: Scaled,
+    group: tuple[int, int],
+    scale_fmt: str | None = None,
+    floor: float = 0.0,
+    impl: str = "torch",
+) -> Scaled:
+    """Return a quantised matrix in other groups; its values are rounded a second time."""
+    if impl == "triton":
+        return Scaled(*kernels().requantise(x, group, scale_fmt, floor))
+    return quantise(dequantise(x), group, scale_fmt, floor)
+
+
 def dequantise(
-    x: Scaled, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+    x: Scaled, dtype: torch.dtype = torch.float32, out: Tensor | None = None, impl: str = "torch"
 ) -> Float[Tensor, "*batch rows cols"]:
     """Return value times scale, computed in FP32 and rounded once, to `dtype`.
 
     Blocks on a CPU are written to `out` if it is given: fresh memory takes longer than they do.
     """
+    if impl == "triton":
+        return kernels().dequantise(x, dtype, out)
     in_bits = x.values.is_cpu and x.values.dtype == torch.float8_e4m3fn and x.values.numel()
     if not in_bits or _is_special(x):
         wide = x.values.float()
