@@ -1,0 +1,166 @@
+"""What is measured: a case is one shape of one job; a row is what came out of it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from minids_kernels.bench.floors import Rates, Work
+
+OURS = "minids"  # the side that is measured, where it is a kernel of ours
+Call = Callable[[], Any]  # runs once on the device and returns the result
+Prepare = Callable[..., Call]  # gets a case's inputs; what it does itself is not timed
+
+
+class Verdict(NamedTuple):
+    """How a result compares with what it should be."""
+
+    text: str
+    right: bool
+    error: float | None = None  # relative norm against FP64 of the same quantised inputs
+
+
+class Goal(NamedTuple):
+    """What a kernel should reach: `measure` is a property of Row, or "ratio" to a peer."""
+
+    measure: str
+    at_least: float
+    peer: str = ""
+
+    def judge(self, row: "Row") -> dict[str, Any]:
+        """Return the goal in words, the value that the row reached, and whether that suffices."""
+        words = {
+            "tflops": "TFLOP/s",
+            "percent_of_copy": "% of the measured copy",
+            "percent_of_bandwidth": "% of the datasheet's bandwidth",
+            "ratio": f"x {self.peer}",
+        }
+        if self.measure == "ratio":
+            value = row.ratio(self.peer)
+        else:
+            value = getattr(row, self.measure)
+        return {
+            "goal": f"{self.at_least:g} {words[self.measure]}",
+            "value": value,
+            "reached": None if value is None else value >= self.at_least,
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: how to draw its inputs, who computes on them (first: what is measured), a check.
+
+    `config` names the kernel's configs in the table of tuned ones. A side's name is its column.
+    """
+
+    job: str
+    name: str
+    work: Work
+    inputs: Callable[[str], tuple]  # from a device: tensors and Scaled
+    sides: dict[str, Prepare]
+    check: Callable[..., Verdict] | None = None  # of a result and the inputs it came from
+    goals: tuple[Goal, ...] = ()
+    config: str = ""
+
+
+Cases = Callable[[], Iterator[Case]]  # a job, cheap to list: nothing is allocated yet
+
+
+@dataclass
+class Side:
+    """One implementation in a row; without times, `note` says why."""
+
+    us: float | None = None  # median of all repeats
+    spread_us: float | None = None  # their 80th less their 20th percentile
+    medians_us: list[float] = field(default_factory=list)  # of each of the rounds
+    repeats: int = 0
+    right: bool = False  # it ran, and its result is what it should be
+    error: float | None = None
+    note: str = ""  # how its result compares, or why there is none
+
+
+@dataclass
+class Row:
+    """The result of one case; the first side is ours, ratios above 1 mean that it is faster."""
+
+    job: str
+    name: str
+    work: Work
+    sides: dict[str, Side]
+    datasheet: Rates
+    ceilings: Rates
+    goals: tuple[Goal, ...]
+
+    @property
+    def ours(self) -> Side:
+        return next(iter(self.sides.values()))
+
+    @property
+    def peers(self) -> dict[str, Side]:
+        return dict(list(self.sides.items())[1:])
+
+    @property
+    def floor_us(self) -> float | None:
+        return self.work.us_at(self.datasheet)
+
+    @property
+    def bound(self) -> str:
+        """Say which of its two floors is the higher one."""
+        memory, compute = self.work.memory_us(self.datasheet), self.work.compute_us(self.datasheet)
+        if memory is None or compute is None:
+            return ""
+        return "memory" if memory >= compute else "compute"
+
+    @property
+    def percent_of_floor(self) -> float | None:
+        return self._percent(self.floor_us)
+
+    @property
+    def percent_of_ceiling(self) -> float | None:
+        return self._percent(self.work.us_at(self.ceilings))
+
+    @property
+    def percent_of_copy(self) -> float | None:
+        return self._percent(self.work.memory_us(self.ceilings))
+
+    @property
+    def percent_of_bandwidth(self) -> float | None:
+        return self._percent(self.work.memory_us(self.datasheet))
+
+    @property
+    def tflops(self) -> float | None:
+        return self._per_us(self.work.operations)
+
+    @property
+    def tb_s(self) -> float | None:
+        return self._per_us(self.work.moved_bytes)
+
+    def ratio(self, peer: str) -> float | None:
+        """Return a peer's time over ours."""
+        theirs, ours = self.sides[peer].us if peer in self.sides else None, self.ours.us
+        return None if theirs is None or ours is None else theirs / ours
+
+    def _percent(self, least_us: float | None) -> float | None:
+        return None if least_us is None or self.ours.us is None else 100 * least_us / self.ours.us
+
+    def _per_us(self, amount: int) -> float | None:
+        """Return millions of `amount` in a microsecond: TFLOP/s, TB/s."""
+        return None if not amount or self.ours.us is None else amount / self.ours.us / 1e6
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything, computed columns too."""
+        return {
+            "job": self.job,
+            "name": self.name,
+            "moved_bytes": self.work.moved_bytes,
+            "operations": self.work.operations,
+            "floor_us": self.floor_us,
+            "bound": self.bound,
+            "percent_of_floor": self.percent_of_floor,
+            "percent_of_ceiling": self.percent_of_ceiling,
+            "percent_of_copy": self.percent_of_copy,
+            "tflops": self.tflops,
+            "tb_s": self.tb_s,
+            "sides": {name: vars(side) for name, side in self.sides.items()},
+            "ratios": {name: self.ratio(name) for name in self.peers},
+            "goals": [goal.judge(self) for goal in self.goals],
+        }

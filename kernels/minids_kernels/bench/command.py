@@ -1,0 +1,109 @@
+"""The command: time kernels, tune them, write the page that lists them.
+
+python -m minids_kernels.bench [JOB ...] --out FOLDER
+python -m minids_kernels.bench tune [KERNEL ...] --out FOLDER
+python -m minids_kernels.bench readme
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from tqdm import tqdm
+from typer.core import TyperGroup
+
+from minids_kernels.bench import ceilings, decode, gemm, quantise, report, stamp, wgrad
+from minids_kernels.bench.case import Cases
+from minids_kernels.bench.clock import CudaTimer
+from minids_kernels.bench.floors import DATASHEETS, Rates
+from minids_kernels.bench.run import Bench, Report, run
+
+# a job is a file of this folder with a function that yields its cases, the smallest first
+JOBS: dict[str, Cases] = {
+    "ceilings": ceilings.cases,
+    "quantise": quantise.cases,
+    "decode": decode.cases,
+    "wgrad": wgrad.cases,
+    "gemm": gemm.cases,
+}
+NO_GPU = "this measures kernels on an NVIDIA GPU, and torch sees none here: nothing was measured"
+
+
+class _JobsByDefault(TyperGroup):
+    """Let names of jobs, or nothing, stand where another verb would."""
+
+    def parse_args(self, ctx, args):
+        verbs = {*self.commands, "--help"}
+        return super().parse_args(ctx, args if args and args[0] in verbs else ["run", *args])
+
+
+app = typer.Typer(cls=_JobsByDefault, help=__doc__, add_completion=False,
+                  rich_markup_mode=None, pretty_exceptions_enable=False)  # fmt: skip
+
+Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]
+
+
+@app.command("run")
+def measure(
+    out: Out,
+    jobs: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(JOBS)}; all.")] = None,
+    limit: Annotated[
+        float, typer.Option(help="Seconds for each job; what is left over is named.")
+    ] = 90,
+) -> None:
+    """Time kernels beside their floors, ceilings and peers; writes bench.json and bench.md."""
+    chosen = {name: JOBS[name] for name in ["ceilings", *known(jobs or list(JOBS), JOBS)]}
+    bench = on_this_gpu(limit)
+    found = Report(stamp.stamp(command_line()))
+    cases = {name: list(job()) for name, job in chosen.items()}
+    code = follow(cases, bench, found, out)
+    typer.echo(report.terminal(found))
+    typer.echo(f"\n{out / report.MARKDOWN} and {report.JSON} beside it hold all of it")
+    raise typer.Exit(code)
+
+
+def follow(cases: dict, bench: Bench, found: Report, out: Path) -> int:
+    """Run, saving after each case; return the exit code: 1 for a wrong result, 130 if stopped."""
+    total = sum(map(len, cases.values()))
+    try:
+        for _ in tqdm(run(cases, bench, found), total=total, unit="case", file=sys.stderr):
+            report.save(found, out)
+    except KeyboardInterrupt:
+        found.stopped = "interrupted by the user"
+    except RuntimeError as error:  # a GPU that answers nothing any more
+        found.stopped = f"the GPU stopped: {str(error).partition(chr(10))[0]}"
+    report.save(found, out)
+    if found.stopped:
+        typer.echo(f"{found.stopped}; what was measured until then is kept", err=True)
+        return 130 if "interrupted" in found.stopped else 1
+    for line in found.wrong:
+        typer.echo(f"WRONG: {line}", err=True)
+    return 1 if found.wrong else 0
+
+
+def on_this_gpu(limit_s: float) -> Bench:
+    """Return the bench for the card at hand; one sentence and exit code 1 where there is none."""
+    if not torch.cuda.is_available():
+        typer.echo(NO_GPU, err=True)
+        raise typer.Exit(1)
+    properties = torch.cuda.get_device_properties()
+    sheet = DATASHEETS.get(properties.name, Rates())
+    if sheet == Rates():
+        typer.echo(f"no datasheet of {properties.name} is listed: its rows have no floor", err=True)
+    return Bench("cuda", CudaTimer(), properties.L2_cache_size, sheet, limit_s)
+
+
+def known(names: list[str], choices: dict) -> list[str]:
+    """Return the names; one sentence and exit code 2 if one is not among the choices."""
+    for name in names:
+        if name not in choices:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(choices)}")
+    return names
+
+
+def command_line() -> str:
+    """Return how this program was called."""
+    return shlex.join(["python", "-m", "minids_kernels.bench", *sys.argv[1:]])

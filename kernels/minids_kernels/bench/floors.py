@@ -1,0 +1,76 @@
+"""Floors: the least time in which a card can move the bytes of a job and make its products.
+
+Bytes count every input once and every output once; a product of M x N x K is 2 M N K operations.
+The floor is the larger of bytes / bandwidth and operations / rate, by the datasheet or, as the
+measured ceiling, by what a copy and a plain product reached in the same run.
+"""
+
+import math
+from typing import NamedTuple
+
+GROUP = 128  # values that share a scale, along one axis or two
+_SCALE_BYTES = 4
+
+
+class Rates(NamedTuple):
+    """What a card does in a second; None where it is not known."""
+
+    tb_s: float | None = None  # bytes read plus bytes written
+    fp8_tflops: float | None = None
+    bf16_tflops: float | None = None
+
+
+# dense rates of the SXM modules; other cards of these names are slower and have no floor here
+DATASHEETS = {
+    "NVIDIA H100 80GB HBM3": Rates(3.35, 1979, 989),
+    "NVIDIA H200": Rates(4.8, 1979, 989),
+}
+
+
+class Work(NamedTuple):
+    """What one call must do at least."""
+
+    moved_bytes: int
+    operations: int = 0
+    unit: str = "fp8_tflops"  # the field of Rates that its operations run at
+
+    def us_at(self, rates: Rates) -> float | None:
+        """Return the least microseconds at these rates; None where one that it needs is unknown."""
+        memory, compute = self.memory_us(rates), self.compute_us(rates)
+        return None if memory is None or compute is None else max(memory, compute)
+
+    def memory_us(self, rates: Rates) -> float | None:
+        """Return the microseconds that its bytes take."""
+        return None if rates.tb_s is None else self.moved_bytes / rates.tb_s / 1e6
+
+    def compute_us(self, rates: Rates) -> float | None:
+        """Return the microseconds that its operations take."""
+        if not self.operations:
+            return 0.0
+        rate = getattr(rates, self.unit)
+        return None if rate is None else self.operations / rate / 1e6
+
+
+def product(m: int, n: int, k: int) -> Work:
+    """FP8 product with tile scales on the left, block scales on the right, BF16 out."""
+    scales = m * _groups(k) + _groups(n) * _groups(k)
+    return Work(m * k + n * k + _SCALE_BYTES * scales + 2 * m * n, 2 * m * n * k)
+
+
+def weight_gradient(m: int, n: int, k: int) -> Work:
+    """FP8 product over k tokens, tile scales on both sides, added to an FP32 matrix in place."""
+    scales = (m + n) * _groups(k)
+    return Work((m + n) * k + _SCALE_BYTES * scales + 2 * 4 * m * n, 2 * m * n * k)
+
+
+def quantisation(
+    rows: int, cols: int, *groups: tuple[int, int], read_bytes: int = 2, write_bytes: int = 1
+) -> Work:
+    """Read a matrix and write a copy of it with the scales of each of `groups`."""
+    scales = sum(math.ceil(rows / r) * math.ceil(cols / c) for r, c in groups)
+    copies = len(groups) * write_bytes
+    return Work((read_bytes + copies) * rows * cols + _SCALE_BYTES * scales)
+
+
+def _groups(length: int) -> int:
+    return math.ceil(length / GROUP)

@@ -1,0 +1,148 @@
+"""Run jobs: every side of a case on the same inputs, checked before it is timed, timed twice."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minids_kernels.bench import ceilings, clock
+from minids_kernels.bench.case import Call, Case, Row, Side
+from minids_kernels.bench.clock import Timer
+from minids_kernels.bench.floors import Rates
+
+ROUNDS = 2  # each side is timed twice, the others in between: what drifts shows in the spread
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how long to measure."""
+
+    device: str
+    timer: Timer
+    cache_bytes: int  # of the card's L2
+    datasheet: Rates
+    limit_s: float = math.inf  # of one job; sides and cases left by then are dropped, and named
+    now: Callable[[], float] = time.monotonic
+
+
+@dataclass
+class Report:
+    """What a run found; `stamp` says on what."""
+
+    stamp: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)  # cases for which the time did not last
+    stopped: str = ""  # why the run ended before its end
+
+    @property
+    def wrong(self) -> list[str]:
+        """Return the cases whose measured side failed or gave a wrong result."""
+        rows = [row for row in self.rows if not row.ours.right]
+        return [f"{row.job}: {row.name}: {row.ours.note}" for row in rows]
+
+
+def run(jobs: dict[str, list[Case]], bench: Bench, report: Report) -> Iterator[None]:
+    """Measure job by job, adding to the report; yields after each case.
+
+    Job `ceilings`, where it is among them, goes first: later rows are compared with it.
+    """
+    for job in sorted(jobs, key=lambda name: name != ceilings.JOB):
+        bench.timer.warm()
+        deadline = bench.now() + bench.limit_s
+        for case in jobs[job]:
+            if bench.now() < deadline:
+                reached = ceilings.reached(report.rows)
+                report.rows.append(measure(case, bench, deadline, reached))
+                torch.cuda.empty_cache()  # for the next case's shapes; does nothing on a CPU
+            else:
+                report.dropped.append(f"{job}: {case.name}")
+            yield
+
+
+def measure(case: Case, bench: Bench, deadline: float, reached: Rates) -> Row:
+    """Return the row of a case; a side that fails is a note in it, and so is one dropped."""
+    torch.manual_seed(0)
+    sides = {name: Side() for name in case.sides}
+    row = Row(case.job, case.name, case.work, sides, bench.datasheet, reached, case.goals)
+    drawn: list[tuple] = []
+    if not attempt(row.ours, lambda: drawn.extend(draw(case, bench))):
+        return row
+    calls: dict[str, list[Call]] = {}
+    for name, side in sides.items():
+        if side is not row.ours and bench.now() >= deadline:
+            side.note = f"dropped: the job's {bench.limit_s:g} s were over"
+        else:
+            attempt(side, partial(start, case, name, side, drawn, calls))
+    times: dict[str, list[list[float]]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name in calls:
+            attempt(sides[name], partial(time_once, bench.timer, calls[name], times[name]))
+    for name, rounds in times.items():
+        summarise(sides[name], rounds)
+    return row
+
+
+def draw(case: Case, bench: Bench) -> list[tuple]:
+    """Return a case's inputs and as many copies as no cache can hold."""
+    inputs = case.inputs(bench.device)
+    sets = math.ceil(clock.CACHES * bench.cache_bytes / case.work.moved_bytes)
+    return [inputs, *(duplicate(inputs) for _ in range(sets - 1))]
+
+
+def start(
+    case: Case, name: str, side: Side, drawn: list[tuple], calls: dict[str, list[Call]]
+) -> None:
+    """Check what a side makes of a copy of the inputs, then prepare it for every set of them."""
+    prepare = case.sides[name]
+    result = prepare(*duplicate(drawn[0]))()
+    side.right = True
+    if case.check is not None:
+        side.note, side.right, side.error = case.check(result, *drawn[0])
+    calls[name] = [prepare(*inputs) for inputs in drawn]
+
+
+def time_once(timer: Timer, calls: list[Call], rounds: list[list[float]]) -> None:
+    """Add one round of times."""
+    rounds.append(timer.measure(calls))
+
+
+def attempt(side: Side, step: Callable[[], Any]) -> bool:
+    """Take a step; say whether it went well, or note in one line what it raised."""
+    try:
+        step()
+    except ImportError as error:
+        side.note = f"not installed: {error.name or error}"
+    except Exception as error:  # whatever a peer raises must not end the run
+        first = str(error).strip().partition("\n")[0]
+        side.note = f"failed: {type(error).__name__}: {first[:160]}"
+    else:
+        return True
+    side.right = False
+    return False
+
+
+def summarise(side: Side, rounds: Sequence[Sequence[float]]) -> None:
+    """Fill in the median of all repeats and their spread; nothing where a round is missing."""
+    if len(rounds) < ROUNDS:
+        return
+    times = [us for repeats in rounds for us in repeats]
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    side.us, side.spread_us = statistics.median(times), fifths[-1] - fifths[0]
+    side.medians_us = [statistics.median(repeats) for repeats in rounds]
+    side.repeats = len(times)
+
+
+def duplicate(inputs: tuple) -> tuple:
+    """Return copies in memory of their own."""
+    return tuple(
+        x.clone()
+        if isinstance(x, Tensor)
+        else x._replace(values=x.values.clone(), scale=x.scale.clone())
+        for x in inputs
+    )
