@@ -1,9 +1,9 @@
 """Triton's interpreter with the numbers of a GPU: the parts of it that are wrong, put right.
 
 BF16 and FP8 are kept there as raw bits, and triton 3.6.0 often forgets that they are. Each entry of
-PARTS mends one such thing; test_kernel_harness.py shows every one to be missing without it, so an
-entry that a newer Triton no longer needs makes a test fail that says so. What is right stays as it
-is. What stays different from a GPU, and only rings 2 and 3 can show:
+MENDED puts one thing right, and test_kernel_harness.py shows it to be wrong without it: an entry
+that a newer Triton no longer needs fails its test, which says so. What is right is left as it is.
+What stays different from a GPU, so that only rings 2 and 3 can show it:
 
 - a product and a sum become one `fma` there unless the launch says `enable_fp_fusion=False`
 - `/`, `tl.exp2`, `tl.sqrt` and their kin are approximate there: exact are `tl.div_rn`, `tl.sqrt_rn`
@@ -179,39 +179,42 @@ def _lang_tensor(tensor: type, scope) -> None:
 _patch_lang_tensor = interpreter._patch_lang_tensor
 
 
-def _of_builder(names: str, make: Callable[[str], Callable]) -> dict[tuple[type, str], Callable]:
+def _of_builder(names: str, make: Callable[[str], Callable]) -> dict[tuple[Any, str], Callable]:
     return {
         (InterpreterBuilder, f"create_{name}"): make(f"create_{name}") for name in names.split()
     }
 
 
-PARTS: dict[str, dict[tuple[Any, str], Any]] = {
-    "casts": _of_builder("fp_to_fp fp_trunc fp_ext si_to_fp ui_to_fp fp_to_si fp_to_ui", _cast),
-    "arithmetic of BF16": _of_builder("fadd fsub fmul", lambda name: _operation(name, True)),
-    "comparisons of BF16": _of_builder(
-        "fcmpOLT fcmpOGT fcmpOLE fcmpOGE fcmpOEQ fcmpUNE", lambda name: _operation(name, False)
+# (owner, attribute) -> what takes its place; each has its canary in test_kernel_harness.py
+MENDED: dict[tuple[Any, str], Callable] = {
+    **_of_builder("fp_to_fp fp_trunc fp_ext si_to_fp ui_to_fp", _cast),
+    **_of_builder("fadd fsub fmul", lambda name: _operation(name, round_back=True)),
+    **_of_builder(
+        "fcmpOLT fcmpOGT fcmpOLE fcmpOGE fcmpOEQ fcmpUNE",
+        lambda name: _operation(name, round_back=False),
     ),
-    "constants of BF16": {(InterpreterBuilder, "get_bf16"): _bf16},
-    "dot of BF16 and FP8": {(InterpreterBuilder, "create_dot"): _dot},
-    "fma": {(InterpreterBuilder, "create_fma"): _fma},
-    "clamp of NaN": {(InterpreterBuilder, "create_clampf"): _clamp},
-    "larger of NaN": {
-        (InterpreterBuilder, "create_maxnumf"): _without_nan(np.fmax),
-        (InterpreterBuilder, "create_minnumf"): _without_nan(np.fmin),
-    },
-    "max of rows of NaN": {(ReduceOps, "min_max"): _min_max},
-    "sum of BF16": {(ReduceOps, "sum"): _sum},
-    "bounds of loops": {(interpreter, "_patch_lang_tensor"): _lang_tensor},
-    "no warnings": {(GridExecutor, "__call__"): _quietly},
+    (InterpreterBuilder, "get_bf16"): _bf16,
+    (InterpreterBuilder, "create_dot"): _dot,
+    (InterpreterBuilder, "create_fma"): _fma,
+    (InterpreterBuilder, "create_clampf"): _clamp,
+    (InterpreterBuilder, "create_maxnumf"): _without_nan(np.fmax),
+    (InterpreterBuilder, "create_minnumf"): _without_nan(np.fmin),
+    (ReduceOps, "min_max"): _min_max,
+    (ReduceOps, "sum"): _sum,
+    (interpreter, "_patch_lang_tensor"): _lang_tensor,
+    (GridExecutor, "__call__"): _quietly,
 }
+
+
+_BEFORE = {(owner, name): getattr(owner, name, None) for owner, name in MENDED}
 
 
 @contextmanager
 def shimmed(without: str | None = None) -> Iterator[None]:
-    """Mend the interpreter for as long as the context is open; `without` one part, for canaries."""
+    """Mend the interpreter while the context is open; `without` one attribute, for its canary."""
     with pytest.MonkeyPatch.context() as patch:
-        for part, replacements in PARTS.items():
-            for (owner, name), replacement in replacements.items() if part != without else ():
-                # 3.6.0 lacks get_bf16; all else must be there to be mended
-                patch.setattr(owner, name, replacement, raising=name != "get_bf16")
+        for (owner, name), replacement in MENDED.items():
+            value = _BEFORE[owner, name] if name == without else replacement
+            # 3.6.0 lacks get_bf16; all else must be there to be mended
+            patch.setattr(owner, name, value, raising=name != "get_bf16")
         yield
