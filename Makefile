@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 # a container's only user is often root, whom JupyterLab refuses unless told
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help venv lint learn tour test check book run-book figures demo slides pdf keys student clean
+.PHONY: help venv lint learn tour test check gpu book run-book figures demo slides pdf keys student clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -52,6 +52,21 @@ test: lint  ## run every check, the notebooks too
 
 check: lint  ## run the fast checks: no slow tests, no notebooks
 	$(PY) -m pytest tests -m "not slow" -n 2 --dist loadfile
+
+# on a GPU host, offline, from a plain checkout: no .venv, whichever python3 has torch and Triton.
+# Four files in OUT: gpu-tests.log, gpu-tests.xml, bench.json, bench.md. Both parts are cut off in
+# time to end within 9 minutes. Versions there are not those of constraints.txt: warnings pass.
+OUT ?= runs/gpu
+GPU_PY ?= python3
+GPU_TESTS := tests/test_fp8.py $(wildcard tests/test_kernel_*.py)
+
+gpu:  ## test and time the kernels on this machine's NVIDIA GPU: OUT=folder for the results
+	@mkdir -p "$(OUT)"; export PYTHONPATH=.:kernels; status=0; \
+	timeout -s INT -k 20 210 $(GPU_PY) -m pytest -m gpu $(GPU_TESTS) -o addopts=-ra -W default \
+	  -p no:cacheprovider --junitxml="$(OUT)/gpu-tests.xml" > "$(OUT)/gpu-tests.log" 2>&1 || status=1; \
+	tail -n 12 "$(OUT)/gpu-tests.log"; \
+	$(GPU_PY) -m minids_kernels.bench --out "$(OUT)" --seconds 270 || status=1; \
+	exit $$status
 
 run-book: venv  ## run the chapters again and keep what they print
 	$(PY) book/_tools/normalise.py --execute

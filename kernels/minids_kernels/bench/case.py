@@ -62,7 +62,7 @@ class Case:
     config: str = ""
 
 
-Cases = Callable[[], Iterator[Case]]  # a job, cheap to list: nothing is allocated yet
+Cases = Callable[..., Iterator[Case]]  # a job, cheap to list: nothing is allocated yet
 
 
 @dataclass

@@ -5,6 +5,7 @@ python -m minids_kernels.bench tune [KERNEL ...] --out FOLDER
 python -m minids_kernels.bench readme
 """
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -15,25 +16,18 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
-from minids_kernels.bench import ceilings, decode, gemm, quantise, report, stamp, wgrad
-from minids_kernels.bench.case import Cases
+from minids_kernels import configs
+from minids_kernels.bench import ceilings, readme, report, stamp, tune
 from minids_kernels.bench.clock import CudaTimer
 from minids_kernels.bench.floors import DATASHEETS, Rates
+from minids_kernels.bench.jobs import JOBS
 from minids_kernels.bench.run import Bench, Report, run
 
-# a job is a file of this folder with a function that yields its cases, the smallest first
-JOBS: dict[str, Cases] = {
-    "ceilings": ceilings.cases,
-    "quantise": quantise.cases,
-    "decode": decode.cases,
-    "wgrad": wgrad.cases,
-    "gemm": gemm.cases,
-}
 NO_GPU = "this measures kernels on an NVIDIA GPU, and torch sees none here: nothing was measured"
 
 
 class _JobsByDefault(TyperGroup):
-    """Let names of jobs, or nothing, stand where another verb would."""
+    """Let names of jobs, or nothing, stand where a verb would."""
 
     def parse_args(self, ctx, args):
         verbs = {*self.commands, "--help"}
@@ -50,13 +44,11 @@ Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is n
 def measure(
     out: Out,
     jobs: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(JOBS)}; all.")] = None,
-    limit: Annotated[
-        float, typer.Option(help="Seconds for each job; what is left over is named.")
-    ] = 90,
+    seconds: Annotated[float, typer.Option(help="In all; what it did not reach is named.")] = 450,
 ) -> None:
     """Time kernels beside their floors, ceilings and peers; writes bench.json and bench.md."""
-    chosen = {name: JOBS[name] for name in ["ceilings", *known(jobs or list(JOBS), JOBS)]}
-    bench = on_this_gpu(limit)
+    chosen = {name: JOBS[name] for name in [ceilings.JOB, *known(jobs or list(JOBS), JOBS)]}
+    bench = on_this_gpu(seconds)
     found = Report(stamp.stamp(command_line()))
     cases = {name: list(job()) for name, job in chosen.items()}
     code = follow(cases, bench, found, out)
@@ -84,7 +76,7 @@ def follow(cases: dict, bench: Bench, found: Report, out: Path) -> int:
     return 1 if found.wrong else 0
 
 
-def on_this_gpu(limit_s: float) -> Bench:
+def on_this_gpu(total_s: float) -> Bench:
     """Return the bench for the card at hand; one sentence and exit code 1 where there is none."""
     if not torch.cuda.is_available():
         typer.echo(NO_GPU, err=True)
@@ -93,7 +85,7 @@ def on_this_gpu(limit_s: float) -> Bench:
     sheet = DATASHEETS.get(properties.name, Rates())
     if sheet == Rates():
         typer.echo(f"no datasheet of {properties.name} is listed: its rows have no floor", err=True)
-    return Bench("cuda", CudaTimer(), properties.L2_cache_size, sheet, limit_s)
+    return Bench("cuda", CudaTimer(), properties.L2_cache_size, sheet, total_s)
 
 
 def known(names: list[str], choices: dict) -> list[str]:
@@ -107,3 +99,32 @@ def known(names: list[str], choices: dict) -> list[str]:
 def command_line() -> str:
     """Return how this program was called."""
     return shlex.join(["python", "-m", "minids_kernels.bench", *sys.argv[1:]])
+
+
+@app.command("tune")
+def tune_kernels(
+    out: Out,
+    kernels: Annotated[list[str] | None, typer.Argument(help="As fp8_matmul.Prefill; all.")] = None,
+    seconds: Annotated[float, typer.Option(help="In all; what it did not reach is named.")] = 540,
+) -> None:
+    """Try every config at V3's shapes; writes configs.json where one beats the rule of thumb."""
+    cases = tune.tunable(JOBS)
+    chosen = [case for name in known(kernels or list(cases), cases) for case in cases[name]]
+    bench = on_this_gpu(seconds)
+    rows = json.loads(configs.FILE.read_text(encoding="utf-8"))
+    tuning = tune.Tuning(stamp.stamp(command_line()), rows)
+    try:
+        steps = tune.tune(chosen, bench, tuning)
+        for _ in tqdm(steps, total=len(chosen), unit="case", file=sys.stderr):
+            tune.save(tuning, configs.FILE, out)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the cases that were done are kept", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{len(tuning.rows)} rows in {configs.FILE}; all tries in {out / tune.RESULTS}")
+
+
+@app.command("readme")
+def write_readme() -> None:
+    """Write kernels/README.md from kernels/results."""
+    readme.write()
+    typer.echo(f"wrote {readme.README}")

@@ -63,17 +63,19 @@ def torchao_added(a: Scaled, b: Scaled, total: Tensor) -> Call:
 def torchao_quantise(group: tuple[int, int], x: Tensor) -> Call:
     """torchao's Triton quantisation by tiles, or by blocks of a weight."""
     kernels = importlib.import_module(_TORCHAO)
-    if group == TILE:
-        act = kernels.triton_fp8_blockwise_act_quant_lhs
-        return lambda: (*act(x), TILE)
-    # a right operand: values and scales come back as those of the transposed weight
-    weight = kernels.triton_fp8_blockwise_weight_quant_transposed_rhs
+    tiles = group == TILE
+    # a weight is a right operand: values and scales come back as those of the transposed matrix
+    call = (
+        kernels.triton_fp8_blockwise_act_quant_lhs
+        if tiles
+        else kernels.triton_fp8_blockwise_weight_quant_transposed_rhs
+    )
 
-    def turned_back() -> tuple:
-        values, scale = weight(x)
-        return values.mT, scale.mT, BLOCK
+    def run() -> Scaled:
+        values, scale = call(x)
+        return Scaled(values, scale, TILE) if tiles else Scaled(values, scale, BLOCK).mT
 
-    return turned_back
+    return run
 
 
 def compiled_product(a: Scaled, b: Scaled) -> Call:

@@ -38,8 +38,8 @@ def cases(
 def _quantised(name: str, size: Size, config: str, by: tuple[Size, ...]) -> Case:
     """Round random BF16 in one grouping, or in two from one read."""
     call = "quantise" if len(by) == 1 else "quantise_twice"
-    ours, reference = getattr(kernels, call), getattr(groups, call)
-    sides: dict[str, Prepare] = {OURS: lambda x: partial(ours, x, *by)}
+    reference = getattr(groups, call)
+    sides: dict[str, Prepare] = {OURS: lambda x: partial(getattr(kernels, call), x, *by)}
     if by in ((TILE,), (BLOCK,)):
         sides[peers.TORCHAO] = partial(peers.torchao_quantise, by[0])
     sides[peers.COMPILED] = partial(peers.compiled, reference, by)

@@ -16,6 +16,7 @@ from minids_kernels.bench.case import Call, Case, Row, Side
 from minids_kernels.bench.clock import Timer
 from minids_kernels.bench.floors import Rates
 
+JOB_S = 150.0  # no job takes longer, however much time is left
 ROUNDS = 2  # each side is timed twice, the others in between: what drifts shows in the spread
 
 
@@ -27,7 +28,7 @@ class Bench:
     timer: Timer
     cache_bytes: int  # of the card's L2
     datasheet: Rates
-    limit_s: float = math.inf  # of one job; sides and cases left by then are dropped, and named
+    total_s: float = math.inf  # for all jobs; sides and cases left by then are dropped, and named
     now: Callable[[], float] = time.monotonic
 
 
@@ -52,9 +53,11 @@ def run(jobs: dict[str, list[Case]], bench: Bench, report: Report) -> Iterator[N
 
     Job `ceilings`, where it is among them, goes first: later rows are compared with it.
     """
-    for job in sorted(jobs, key=lambda name: name != ceilings.JOB):
+    order, end = sorted(jobs, key=lambda name: name != ceilings.JOB), bench.now() + bench.total_s
+    for n, job in enumerate(order):
         bench.timer.warm()
-        deadline = bench.now() + bench.limit_s
+        share = (end - bench.now()) / (len(order) - n)  # what a job leaves is for those behind it
+        deadline = bench.now() + min(share, JOB_S)
         for case in jobs[job]:
             if bench.now() < deadline:
                 reached = ceilings.reached(report.rows)
@@ -76,7 +79,7 @@ def measure(case: Case, bench: Bench, deadline: float, reached: Rates) -> Row:
     calls: dict[str, list[Call]] = {}
     for name, side in sides.items():
         if side is not row.ours and bench.now() >= deadline:
-            side.note = f"dropped: the job's {bench.limit_s:g} s were over"
+            side.note = "dropped, the job's time was over"
         else:
             attempt(side, partial(start, case, name, side, drawn, calls))
     times: dict[str, list[list[float]]] = {name: [] for name in calls}

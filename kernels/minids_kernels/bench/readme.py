@@ -1,0 +1,178 @@
+"""Write kernels/README.md from what lies in kernels/results: nothing in it is typed by hand."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minids_kernels.bench.floors import DATASHEETS
+from minids_kernels.bench.jobs import JOBS
+from minids_kernels.bench.report import HOW_TO_READ, JSON, MARKDOWN, NOTHING, number, table
+
+KERNELS = Path(__file__).parents[2]
+README, RESULTS = KERNELS / "README.md", KERNELS / "results"
+NOT_MEASURED = "not yet measured"
+
+Rows = dict[tuple[str, str], dict[str, Any]]  # of bench.json, by job and case
+
+
+class Kernel(NamedTuple):
+    """One row of the page: a kernel and the case that stands for it."""
+
+    does: str
+    file: str
+    reference: str  # module.function of minids
+    chapter: str
+    job: str
+    case: str
+
+
+_GROUPS, _FP8, _CHAPTER = "formats.groups", "fp8", "11_fp8"
+LISTED = (
+    Kernel("quantise activations, 1x128", "fp8_quantise", f"{_GROUPS}.quantise", _CHAPTER,
+           "quantise", "1x128, 4096 x 7168"),
+    Kernel("quantise weights, 128x128", "fp8_quantise", f"{_GROUPS}.quantise", _CHAPTER,
+           "quantise", "128x128, 18432 x 7168"),
+    Kernel("quantise in two groupings from one read", "fp8_quantise", f"{_GROUPS}.quantise_twice",
+           _CHAPTER, "quantise", "1x128 and 128x1, 4096 x 7168"),
+    Kernel("group quantised numbers again", "fp8_quantise", f"{_GROUPS}.requantise", _CHAPTER,
+           "quantise", "1x128 to 128x1, 4096 x 7168"),
+    Kernel("dequantise", "fp8_dequantise", f"{_GROUPS}.dequantise", _CHAPTER,
+           "quantise", "128x128 to BF16, 18432 x 7168"),
+    Kernel("FP8 product, many tokens", "fp8_matmul", f"{_FP8}.scaled_matmul", _CHAPTER,
+           "gemm", "o, 4096 x 7168 x 16384"),
+    Kernel("FP8 product, few tokens", "fp8_decode", f"{_FP8}.scaled_matmul", _CHAPTER,
+           "decode", "o, 16 x 7168 x 16384"),
+    Kernel("FP8 gradient of a weight", "fp8_matmul", f"{_FP8}.scaled_matmul", _CHAPTER,
+           "wgrad", "gate, 18432 x 7168 over 4096"),
+)  # fmt: skip
+
+HEAD = """\
+# Kernels
+
+Triton kernels of minids: each does what a plain function of `minids/` does, has its signature, and
+is tested against it. `Transformer(cfg, impl="triton")` computes with them, training included. They
+are short enough to read: one file a kernel, its idea, formula, memory layout and grid on top.
+
+This page is written by `python -m minids_kernels.bench readme` from what lies in
+[results](results/README.md); no number in it is typed by hand.
+
+## Run
+"""
+RINGS = (
+    ("1, numbers: in Triton's interpreter, against the reference; "
+     "2, code: compiled for GPUs that are not there, spills, registers, shared memory and "
+     "matrix instructions asserted", "a CPU", "make check"),
+    ("3, on the card: bits, tolerances, NaN in padding, equal runs, CUDA graphs", "an NVIDIA GPU",
+     "PYTHONPATH=.:kernels python3 -m pytest -m gpu -o addopts=-ra tests/test_kernel_*.py"),
+    ("4, the benchmark", "an NVIDIA GPU",
+     "PYTHONPATH=.:kernels python3 -m minids_kernels.bench --out FOLDER"),
+    ("3 and 4 in one, under 9 minutes, offline, from a plain checkout", "an NVIDIA GPU",
+     "make gpu OUT=FOLDER"),
+    ("the tuner, which writes minids_kernels/configs.json", "an NVIDIA GPU",
+     "PYTHONPATH=.:kernels python3 -m minids_kernels.bench tune --out FOLDER"),
+)  # fmt: skip
+NEEDS = """\
+Kernels need Triton 3.6 or newer and compute capability 8.0 (Ampere). Products of FP8 use tensor
+cores for it from 8.9 (Ada, Hopper, Blackwell); below, the same numbers are multiplied in BF16.
+
+## Measured
+"""
+GAP = """\
+## What hand-written CUDA still does better
+
+Published on Hopper with many tokens, FP8 products with a scale for each 128 numbers ran in Triton
+at 0.33 to 0.58 of the rate of hand-written ones (SGLang on GitHub, numbers 3893, 5207 and 5820).
+Our goals keep a part of that gap: 0.75 of cuBLAS. The reason is control. CUDA gives one group of
+warps the loads and others the products, moves registers from the first to the second, lets one
+group scale its sums while another one keeps the tensor cores busy, and sends one tile to several
+multiprocessors at once. Stable Triton gives no such control on Hopper; small programs, two on a
+multiprocessor, are a substitute for the groups: one scales while the other one multiplies. With
+few tokens reading the weights is nearly all there is to do, and no such gap is expected.
+"""
+
+
+def write() -> None:
+    """Write the page."""
+    README.write_text(page(RESULTS), encoding="utf-8")
+
+
+def page(results: Path) -> str:
+    """Return the page for these results: one table a GPU, of each kernel's latest row."""
+    rings = table(["ring", "needs", "command"], [[*ring[:2], f"`{ring[2]}`"] for ring in RINGS])
+    parts = [HEAD, rings + "\n", NEEDS]
+    cards = latest_rows(results)
+    for card, rows in cards.items():
+        parts += [f"### {card}\n", kernel_table(rows) + "\n"]
+    if not cards:
+        parts.append(kernel_table({}) + "\n")
+    return "\n".join([*parts, "## How to read it\n", HOW_TO_READ + "\n", GAP])
+
+
+def latest_rows(results: Path) -> dict[str, Rows]:
+    """Return each card's latest row of each case, with a link to the run that it is from."""
+    cards: dict[str, Rows] = {}
+    for path in sorted(results.glob(f"*/*/{JSON}")):  # by card, then by date
+        found = json.loads(path.read_text(encoding="utf-8"))
+        run = path.parent.relative_to(results.parent)
+        link = f"[{run.name}]({run}/{MARKDOWN})"
+        rows = cards.setdefault(found["stamp"]["gpu"], {})
+        rows |= {(row["job"], row["name"]): row | {"run": link} for row in found["rows"]}
+    return cards
+
+
+def kernel_table(rows: Rows) -> str:
+    """Return one row a kernel; what has no result says so."""
+    head = ["kernel", "reference", "chapter", "test", "shape", "measured µs", "floor µs",
+            "% of floor", "check", "best peer µs (ratio)", "goals", "run"]  # fmt: skip
+    return table(head, [_line(kernel, rows) for kernel in LISTED])
+
+
+def _line(kernel: Kernel, rows: Rows) -> list[str]:
+    module, _, function = kernel.reference.rpartition(".")
+    path = f"minids/{module.replace('.', '/')}.py"
+    test = f"test_kernel_{kernel.file}.py"
+    line = [
+        f"[{kernel.does}](minids_kernels/{kernel.file}.py)",
+        f"[{function}](../{path})",
+        f"[{kernel.chapter[:2]}](../book/{kernel.chapter}.ipynb)",
+        f"[{test}](../tests/{test})",
+        kernel.case,
+    ]
+    found = rows.get((kernel.job, kernel.case))
+    return line + (_results(found) if found else _floors(kernel))
+
+
+def _floors(kernel: Kernel) -> list[str]:
+    """Return the cells of a kernel without a result: its floors need no measurement."""
+    (work,) = (case.work for case in JOBS[kernel.job]() if case.name == kernel.case)
+    floors = [f"{number(work.us_at(rates))} ({card})" for card, rates in DATASHEETS.items()]
+    return [NOT_MEASURED, ", ".join(floors), *[NOTHING] * 5]
+
+
+def _results(row: dict[str, Any]) -> list[str]:
+    ours, *peers = row["sides"].items()
+    side = ours[1]
+    if side["us"] is None or not side["right"]:
+        return [f"no result: {side['note']}", number(row["floor_us"]), *[NOTHING] * 4, row["run"]]
+    timed = [(other["us"], name) for name, other in peers if other["us"] is not None]
+    peer = NOTHING
+    if timed:
+        us, name = min(timed)
+        peer = f"{name} {number(us)} ({number(us / side['us'], 2)})"
+    check = side["note"] if side["error"] is None else f"{side['error']:.1e}"
+    goals = [f"{goal['goal']}: {_answer(goal)}" for goal in row["goals"]]
+    return [
+        f"{number(side['us'])} ± {number(side['spread_us'])}",
+        number(row["floor_us"]),
+        number(row["percent_of_floor"]),
+        check,
+        peer,
+        "; ".join(goals) or NOTHING,
+        row["run"],
+    ]
+
+
+def _answer(goal: dict[str, Any]) -> str:
+    if goal["reached"] is None:
+        return "not measured"
+    return "reached" if goal["reached"] else f"NOT reached, {number(goal['value'], 2)}"
