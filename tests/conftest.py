@@ -76,13 +76,20 @@ def pytest_pycollect_makemodule(module_path: Path, parent) -> pytest.Module | No
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device; those of pages are slow."""
+    """Skip tests marked `gpu` where torch sees no CUDA device; those of pages are slow.
+
+    Where it sees one, all that run on `device` are tests of that GPU: `-m gpu` chooses them too.
+    """
     skip = pytest.mark.skip(reason="NOT RUN: marked gpu, and torch sees no CUDA device here")
     for item in items:
+        fixtures = set(getattr(item, "fixturenames", []))
+        if "device" in fixtures and torch.cuda.is_available():
+            item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip)
-        if {"site", "chromium_path"} & set(getattr(item, "fixturenames", [])):
+        if {"site", "chromium_path"} & fixtures:
             item.add_marker(pytest.mark.slow)
 
 

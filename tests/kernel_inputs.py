@@ -312,7 +312,8 @@ def mutated(module: ModuleType, old: str, new: str) -> Iterator[ModuleType]:
         path = Path(folder) / f"{name}.py"  # Triton reads a kernel's source from its file
         path.write_text(text.replace(old, new), encoding="utf-8")
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         copy = importlib.util.module_from_spec(spec)
         sys.modules[name] = copy
         try:
