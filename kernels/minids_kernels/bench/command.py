@@ -34,7 +34,8 @@ class _JobsByDefault(TyperGroup):
         return super().parse_args(ctx, args if args and args[0] in verbs else ["run", *args])
 
 
-app = typer.Typer(cls=_JobsByDefault, help=__doc__, add_completion=False,
+_HELP = "Time kernels (the verb run may be left out), tune them, write the page that lists them."
+app = typer.Typer(cls=_JobsByDefault, help=_HELP, add_completion=False,
                   rich_markup_mode=None, pretty_exceptions_enable=False)  # fmt: skip
 
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is not there.")]

@@ -1,4 +1,7 @@
-"""Time every config that a kernel's file lists, and keep those that beat its rule of thumb."""
+"""Time every config that a kernel's file lists, and keep those that beat its rule of thumb.
+
+Where two cases share a row of the table, the later one, which has more rows, decides.
+"""
 
 import json
 from collections.abc import Iterable, Iterator

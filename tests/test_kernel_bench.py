@@ -1,0 +1,1092 @@
+"""minids_kernels/bench and configs.py: all but CUDA's events runs here, on small matrices."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import weakref
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import minids_kernels as kernels
+import pytest
+import torch
+import torch.nn.functional as F
+from minids_kernels import cards, configs
+from minids_kernels.bench import (
+    ceilings,
+    checks,
+    clock,
+    command,
+    decode,
+    floors,
+    gemm,
+    peers,
+    quantise,
+    readme,
+    report,
+    stamp,
+    tune,
+    wgrad,
+)
+from minids_kernels.bench.case import OURS, Case, Goal, Row, Side, Verdict
+from minids_kernels.bench.floors import DATASHEETS, Rates, Work
+from minids_kernels.bench.jobs import JOBS
+from minids_kernels.bench.run import Bench, Report, draw, measure, run
+from minids_kernels.bench.shapes import WEIGHTS, Weight
+from typer.testing import CliRunner
+
+from minids import fp8
+from minids.formats import cores, groups
+from minids.formats.groups import BLOCK, COLUMN, TILE, Scaled
+
+ROOT = Path(__file__).parents[1]
+H100, H200 = DATASHEETS.values()
+ROUNDING = 3e-7  # FP32 sums of 256 products in another order, relative norm
+SMALL = (Weight("o", 136, 256), Weight("kv", 130, 128))  # of the second torch needs whole blocks
+TINY = {
+    "ceilings": partial(ceilings.cases, 2**10, 64),
+    "quantise": partial(quantise.cases, (256, 128), (128, 384), (256, 256)),
+    "decode": partial(decode.cases, tokens=(1, 16), weights=SMALL),
+    "wgrad": partial(wgrad.cases, 256, (Weight("o", 128, 144),)),
+    "gemm": partial(gemm.cases, tokens=(2, 130), weights=SMALL),
+}
+STAMP = {"gpu": "a card", "date": "2026-01-02T03:04:05+00:00", "commit": "c0ffee", "torch": "2",
+         "triton": "3", "idle": {"clocks.sm": "1 MHz"}}  # fmt: skip
+
+
+class Watch:
+    """A timer that runs each call once and answers with times that were given to it."""
+
+    def __init__(self, *times: float):
+        self.times = itertools.cycle(times or (50.0,))
+        self.measured: list[int] = []
+        self.warmed = 0
+
+    def measure(self, calls):
+        self.measured.append(len(calls))
+        for call in calls:
+            call()
+        us = next(self.times)
+        return [us - 1, us, us + 1]
+
+    def warm(self):
+        self.warmed += 1
+
+
+class Ticks:
+    """A clock that goes on by a second whenever it is read."""
+
+    def __init__(self):
+        self.second = -1
+
+    def __call__(self) -> float:
+        self.second += 1
+        return self.second
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Put the references where kernels are, and compile nothing."""
+    for name in ("quantise", "quantise_twice", "requantise", "dequantise"):
+        monkeypatch.setattr(kernels, name, getattr(groups, name), raising=False)
+    monkeypatch.setattr(kernels, "scaled_matmul", product, raising=False)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+
+
+def product(a: Scaled, b: Scaled, dtype: torch.dtype = torch.float32, out=None):
+    y = fp8.scaled_matmul(a, b, dtype)
+    return y if out is None else out.add_(y)
+
+
+def bench(*times: float, **changes) -> Bench:
+    given = dict(device="cpu", timer=Watch(*times), cache_bytes=0, datasheet=H100)
+    return Bench(**(given | changes))  # pyright: ignore[reportArgumentType]
+
+
+def run_all(jobs: dict, place: Bench) -> Report:
+    found = Report(STAMP)
+    for _ in run({name: list(job()) for name, job in jobs.items()}, place, found):
+        pass
+    return found
+
+
+def case_of(check=None, goals=(), config="", **sides) -> Case:
+    """Return a case on four random numbers; sides are functions of them."""
+    prepared = {name: (lambda x, f=f: partial(f, x)) for name, f in sides.items()}
+    inputs = lambda device: (torch.randn(4, device=device),)  # noqa: E731
+    return Case("job", "a case", Work(1000), inputs, prepared, check, goals, config)
+
+
+def same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def fails(x: torch.Tensor):
+    raise RuntimeError("no such product\nwith a long story")
+
+
+# floors, as the table of V3's shapes has them
+
+
+@pytest.mark.parametrize(
+    ("work", "h100", "h200", "bound"),
+    [
+        (floors.product(4096, 7168, 16384), 486, 486, "compute"),
+        (floors.product(4096, 2112, 7168), 62.7, 62.7, "compute"),
+        (floors.product(4096, 32768, 512), 85.8, 69.4, "memory"),
+        (floors.product(1, 7168, 16384), 35.1, 24.5, "memory"),
+        (floors.product(128, 36864, 7168), 82.0, 57.2, "memory"),
+        (floors.quantisation(4096, 7168, TILE), 26.6, 18.5, "memory"),
+        (floors.quantisation(18432, 7168, BLOCK), 118, 82.6, "memory"),
+        (floors.weight_gradient(18432, 7168, 4096), 547, 547, "compute"),
+        (floors.weight_gradient(7168, 16384, 4096), 486, 486, "compute"),
+    ],
+)
+def test_floors_of_v3(work, h100, h200, bound):
+    assert work.us_at(H100) == pytest.approx(h100, rel=5e-3)
+    assert work.us_at(H200) == pytest.approx(h200, rel=5e-3)
+    assert Row("", "", work, {OURS: Side()}, H100, Rates(), ()).bound == bound
+
+
+def test_bytes_by_hand():
+    """2 x 3 times 5 x 3 numbers: 21 codes, a scale for each row and one block, 10 BF16 sums."""
+    assert floors.product(2, 5, 3) == Work(6 + 15 + 4 * (2 + 1) + 2 * 10, 60)
+    assert floors.weight_gradient(2, 5, 3) == Work(6 + 15 + 4 * (2 + 5) + 8 * 10, 60)
+    # 2 x 129 BF16, two scales a row; once more in two groupings, with a scale for each column
+    assert floors.quantisation(2, 129, TILE) == Work(258 * 3 + 4 * 4)
+    assert floors.quantisation(2, 129, TILE, COLUMN) == Work(258 * 4 + 4 * (4 + 129))
+
+
+def test_weight_gradients_move_a_gigabyte():
+    assert floors.weight_gradient(18432, 7168, 4096).moved_bytes == pytest.approx(1.17e9, rel=5e-3)
+
+
+def test_other_cards_have_no_floor():
+    row = Row("", "", floors.product(2, 5, 3), {OURS: Side(us=1.0)}, Rates(), Rates(), ())
+    assert row.floor_us is row.percent_of_floor is row.percent_of_ceiling is None
+    assert row.bound == ""
+    assert set(DATASHEETS) == {"NVIDIA H100 80GB HBM3", "NVIDIA H200"}  # SXM; PCIe and NVL differ
+
+
+# rows and goals
+
+
+def test_columns_by_hand():
+    """3.35 MB and 1.979 GFLOP: a microsecond each by the datasheet, two by the ceilings."""
+    sides = {OURS: Side(us=4.0), "other": Side(us=3.0), "absent": Side()}
+    work, ceiling = Work(3_350_000, 1_979_000_000), Rates(1.675, 989.5)
+    row = Row("", "", work, sides, H100, ceiling, ())
+    assert row.floor_us == pytest.approx(1.0)
+    assert row.percent_of_floor == row.percent_of_bandwidth == pytest.approx(25)
+    assert row.percent_of_ceiling == row.percent_of_copy == pytest.approx(50)
+    assert row.tflops == pytest.approx(1979 / 4)
+    assert row.tb_s == pytest.approx(3.35 / 4)
+    assert row.ratio("other") == 0.75
+    assert row.ratio("absent") is None
+    assert row.ratio("unknown") is None
+    goals = [Goal("tflops", 490), Goal("tflops", 500), Goal("ratio", 0.75, "other"),
+             Goal("ratio", 1.5, "absent"), Goal("percent_of_copy", 50.1)]  # fmt: skip
+    assert [goal.judge(row)["reached"] for goal in goals] == [True, False, True, None, False]
+    assert report.goal_text(goals[1].judge(row)) == "500 TFLOP/s: 495, NOT reached"
+    assert report.goal_text(goals[2].judge(row)) == "0.75 x other: 0.75, reached"
+    assert report.goal_text(goals[3].judge(row)) == "1.5 x absent: not measured"
+
+
+@pytest.mark.parametrize(
+    ("job", "name", "expected"),
+    [
+        ("gemm", "o, 4096", {"tflops": 950, "ratio": 0.75}),
+        ("gemm", "gate + up, 4096", {"tflops": 950, "ratio": 0.75}),
+        ("gemm", "q_b, 4096", {"tflops": 800, "ratio": 0.75}),
+        ("gemm", "kv_b, 4096", {"tflops": 600, "ratio": 0.75}),
+        ("gemm", "shared down, 4096", {"ratio": 0.75}),
+        ("gemm", "o, 128", {}),
+        ("decode", "o, 1 ", {"percent_of_bandwidth": 75, "ratio": 1.5}),
+        ("decode", "q_b, 64 ", {"percent_of_bandwidth": 75, "ratio": 1.5}),
+        ("wgrad", "gate", {"tflops": 700, "ratio": 0.75}),
+        ("quantise", "1x128, 4096 x 7168", {"percent_of_copy": 90}),
+        ("quantise", "128x128 to BF16", {"percent_of_copy": 90}),
+    ],
+)
+def test_goals(job, name, expected):
+    (case,) = (case for case in JOBS[job]() if case.name.startswith(name))
+    assert {goal.measure: goal.at_least for goal in case.goals} == expected
+    assert {goal.peer for goal in case.goals if goal.measure == "ratio"} <= {peers.SCALED_MM}
+
+
+def test_shapes_of_v3():
+    """Eight weights, tokens 1, 16, 64 and 128, 4096; two gradients over 4096 tokens."""
+    found = {job: [case.name for case in cases()] for job, cases in JOBS.items()}
+    assert {job: len(names) for job, names in found.items()} == dict(
+        ceilings=4, quantise=7, decode=24, wgrad=2, gemm=16
+    )
+    assert "q_a + kv_a, 4096 x 2112 x 7168" in found["gemm"]
+    assert "o, 64 x 7168 x 16384" in found["decode"]
+    for job in ("gemm", "decode"):
+        assert {name.split(",")[0] for name in found[job]} == {weight.name for weight in WEIGHTS}
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "ceilings"])
+def test_the_largest_shapes_come_last(job):
+    """Or running out of time would drop others."""
+    least = [case.work.us_at(H100) for case in JOBS[job]()]
+    order = [us for us in least if us is not None]
+    assert order == sorted(order) if job in ("quantise", "wgrad") else order[-1] == max(order)
+
+
+# every job, on small matrices
+
+
+def test_every_job_runs(stand_ins):
+    found = run_all(TINY, bench(40.0, 60.0))
+    assert not found.wrong
+    assert not found.dropped
+    for row in found.rows:
+        assert row.ours.right, row
+        assert row.ours.repeats == 6
+        if row.job == "quantise":
+            assert row.ours.note == "bit-equal"
+        elif row.job != "ceilings":
+            assert 0 <= row.ours.error <= (1e-6 if row.job == "wgrad" else 2e-3)
+    assert [row.job for row in found.rows] == [job for job in TINY for _ in TINY[job]()]
+    text = report.terminal(found)
+    assert max(map(len, text.splitlines())) <= 100
+    for row in found.rows:
+        assert f"| {row.name} |" in report.markdown(found)
+    saved = json.loads(json.dumps(report.as_json(found)))
+    assert saved["stamp"] == STAMP
+    assert {row["job"] for row in saved["rows"]} == set(TINY)
+    assert all(row["percent_of_ceiling"] > 0 for row in saved["rows"] if row["job"] != "ceilings")
+
+
+def test_ceilings_go_first_and_later_rows_know_them(stand_ins):
+    place = bench(40.0)
+    found = run_all({"gemm": TINY["gemm"], "ceilings": TINY["ceilings"]}, place)
+    assert [row.job for row in found.rows[:4]] == ["ceilings"] * 4
+    reached = ceilings.reached(found.rows)
+    assert reached.tb_s == pytest.approx(2 * 2**10 / 40e6)
+    assert reached.fp8_tflops == reached.bf16_tflops == pytest.approx(2 * 64**3 / 40e6)
+    assert found.rows[-1].ceilings == reached
+    assert place.timer.warmed == 2  # pyright: ignore[reportAttributeAccessIssue]
+    assert ceilings.reached([]) == Rates()
+
+
+def test_each_side_is_timed_twice_in_turn_and_summarised():
+    """Times 10, 20 for the first round, 30, 20 for the second; five repeats around each."""
+    place = bench(10.0, 20.0, 30.0, 20.0)
+    row = measure(case_of(ours=same, other=same), place, 1e9, Rates())
+    assert row.ours.medians_us == [10, 30]
+    assert row.sides["other"].medians_us == [20, 20]
+    assert row.ours.us == 20
+    assert row.ours.spread_us == 20  # of 9, 10, 11, 29, 30, 31: from 10 to 30
+    assert row.sides["other"].spread_us == 2
+    assert row.ours.repeats == 6
+
+
+def test_inputs_rotate_through_more_than_caches_hold():
+    """5 caches of 1000 bytes and a case that moves 1200: five sets of its own memory."""
+    x = groups.quantise(torch.randn(128, 256), TILE)._replace(scale=torch.randn(2, 128).mT)
+    case = Case("", "", Work(1200), lambda device: (x, torch.ones(2)), {OURS: lambda *x: lambda: 0})
+    place = bench(cache_bytes=1000)
+    drawn = draw(case, place)
+    assert len(drawn) == 5
+    assert len({inputs[0].values.data_ptr() for inputs in drawn}) == 5
+    for inputs in drawn:
+        assert inputs[0].scale.stride() == (1, 128)
+        assert inputs[0].values.view(torch.uint8).equal(x.values.view(torch.uint8))
+    measure(case, place, 1e9, Rates())
+    assert place.timer.measured == [5, 5]  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(draw(case, bench())) == 1
+
+
+# what goes wrong is said
+
+
+def test_a_peer_that_raises_is_a_line_not_an_end():
+    row = measure(case_of(ours=same, bad=fails, good=same), bench(), 1e9, Rates())
+    assert row.sides["bad"].note == "failed: RuntimeError: no such product"
+    assert row.sides["bad"].us is None
+    assert row.sides["good"].us == 50
+    assert row.ours.right
+    found = Report(STAMP, [row])
+    assert not found.wrong
+    assert "job: bad: failed: RuntimeError: no such product" in report.missing_lines(found)
+
+
+def test_ours_raising_is_wrong_and_peers_are_still_timed():
+    row = measure(case_of(ours=fails, good=same), bench(), 1e9, Rates())
+    found = Report(STAMP, [row])
+    assert found.wrong == ["job: a case: failed: RuntimeError: no such product"]
+    assert row.sides["good"].us == 50
+    assert "FAILED" in report.terminal(found)
+
+
+def test_a_side_that_fails_while_it_is_timed_has_no_time():
+    """A call that cannot be captured in a graph, say."""
+
+    class Refuses(Watch):
+        def measure(self, calls):
+            if len(self.measured) == 2:
+                self.measured.append(0)
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().measure(calls)
+
+    row = measure(case_of(ours=same, other=same), bench(timer=Refuses()), 1e9, Rates())
+    assert row.ours.us is None
+    assert row.ours.note.startswith("failed: RuntimeError: operation not permitted")
+    assert Report(STAMP, [row]).wrong
+
+
+def test_inputs_that_do_not_fit_are_a_line():
+    case = Case("job", "huge", Work(1), lambda device: fails(torch.ones(1)), {OURS: lambda: 0})
+    row = measure(case, bench(), 1e9, Rates())
+    assert Report(STAMP, [row]).wrong == ["job: huge: failed: RuntimeError: no such product"]
+
+
+MISTAKES = {
+    "a scale is left out": lambda a, b, dtype, out=None: product(
+        a._replace(scale=torch.ones_like(a.scale)), b, dtype, out
+    ),
+    "the last group is left out": lambda a, b, dtype, out=None: product(
+        Scaled(a.values[:, :-128], a.scale[:, :-1], a.group),
+        Scaled(b.values[:, :-128], b.scale[:, :-1], b.group), dtype, out,
+    ),
+    "the last row is not written": lambda a, b, dtype, out=None: torch.cat(
+        [product(a, b, dtype, out)[:-1], torch.full((1, len(b.values)), torch.nan, dtype=dtype)]
+    ),
+    "what was there is not kept": lambda a, b, dtype, out=None: product(a, b, dtype),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("job", ["wgrad", "gemm"])
+def test_wrong_products_are_seen(job, mistake, stand_ins, monkeypatch):
+    if job == "gemm" and mistake == "what was there is not kept":
+        pytest.skip("gemm adds to nothing")
+    monkeypatch.setattr(kernels, "scaled_matmul", MISTAKES[mistake])
+    cases = TINY["gemm"](tokens=(130,)) if job == "gemm" else TINY["wgrad"]()
+    row = measure(next(cases), bench(), 1e9, Rates())
+    assert "WRONG" in row.ours.note
+    assert not row.ours.right
+
+
+def test_a_code_or_a_scale_beside_the_right_one_is_seen(stand_ins, monkeypatch):
+    for part, text in (("values", "1 codes differ"), ("scale", "1 scales differ")):
+
+        def nearly(x, *given, part=part):
+            y = groups.quantise(x, *given)
+            number = getattr(y, part).clone()
+            number.view(torch.uint8)[-1, -4] += 1
+            return y._replace(**{part: number})
+
+        monkeypatch.setattr(kernels, "quantise", nearly)
+        case = next(c for c in TINY["quantise"]() if c.name.startswith("1x128, 128"))
+        row = measure(case, bench(), 1e9, Rates())
+        assert row.ours.note == text
+        assert not row.ours.right
+
+
+def test_both_ends_of_large_matrices_are_compared():
+    assert checks.slices(512) == [slice(0, 512)]
+    assert checks.slices(4096) == [slice(0, 256), slice(3840, 4096)]
+    assert checks.slices(18432 + 1) == [slice(0, 256), slice(18176, 18433)]
+    x = torch.randn(1280, 128)
+    right = groups.quantise_twice(x, TILE, COLUMN)
+    check = partial(checks.bits, lambda x: groups.quantise_twice(x, TILE, COLUMN))
+    assert check(right, x) == Verdict("bit-equal", True)
+    right[1].values.view(torch.uint8)[5, 1279] ^= 1  # the turned one: row 1279, column 5
+    assert check(right, x).text == "1 codes differ"
+    right[1].values.view(torch.uint8)[5, 600] ^= 1  # between the ends: not looked at
+    assert check(right, x).text == "1 codes differ"
+
+
+def test_requantised_and_dequantised_are_compared(stand_ins, monkeypatch):
+    for name, job in (("requantise", "1x128 to"), ("dequantise", "128x128 to")):
+        (case,) = (case for case in TINY["quantise"]() if case.name.startswith(job))
+        assert measure(case, bench(), 1e9, Rates()).ours.note == "bit-equal"
+
+        def doubled(x, *given, name=name):
+            return getattr(groups, name)(x._replace(scale=2 * x.scale), *given)
+
+        monkeypatch.setattr(kernels, name, doubled)
+        assert "differ" in measure(case, bench(), 1e9, Rates()).ours.note
+
+
+def test_products_are_compared_with_fp64(stand_ins):
+    a, b = groups.quantise(torch.randn(70, 200), TILE), groups.quantise(torch.randn(9, 200), BLOCK)
+    exact = groups.dequantise(a).double() @ groups.dequantise(b).double().mT
+    assert (checks.exact(a) @ checks.exact(b).mT - exact).norm() <= 1e-6 * exact.norm()
+    y = product(a, b)
+    verdict = checks.product(y, a, b)
+    expected = ((y.double() - exact)[[*range(32), *range(38, 70)]].norm()) / exact.norm()
+    assert verdict.error == pytest.approx(expected.item(), rel=0.5)
+    assert verdict.right
+    y[69, 8] *= 1.5  # in the last row
+    assert not checks.product(y, a, b).right
+    y[69, 8] = torch.nan
+    assert not checks.product(y, a, b).right
+
+
+# time
+
+
+def test_what_the_time_does_not_reach_is_named():
+    """Each look at the clock is a second: the first case starts in time, its peer does not."""
+    case = case_of(ours=same, other=same)
+    found = run_all({"job": lambda: [case, case, case]}, bench(total_s=3, now=Ticks()))
+    assert len(found.rows) == 1
+    assert found.rows[0].ours.us == 50
+    assert found.rows[0].sides["other"].note == "dropped, the job's time was over"
+    assert found.dropped == ["job: a case"] * 2
+    text = report.markdown(found)
+    assert "- job: a case: dropped, the job's time was over" in text
+    assert "- job: other: dropped" in text
+
+
+def test_a_job_leaves_its_time_to_those_behind_it_up_to_a_limit(monkeypatch):
+    def deadlines(total_s: float, jobs: int) -> list[float]:
+        seen: list[float] = []
+        second = [0.0]
+
+        def spy(case, place, deadline, reached):
+            seen.append(deadline - second[0])
+            second[0] += 10  # what a job takes, whatever its share
+            return Row("", "", Work(1), {OURS: Side()}, Rates(), Rates(), ())
+
+        monkeypatch.setattr("minids_kernels.bench.run.measure", spy)
+        listed = {str(n): [case_of(ours=same)] for n in range(jobs)}
+        for _ in run(listed, bench(total_s=total_s, now=lambda: second[0]), Report(STAMP)):
+            pass
+        return seen
+
+    assert deadlines(100, 4) == [25, 30, 40, 70]
+    assert deadlines(1000, 2) == [150, 150]  # any job alone ends in 3 minutes
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted by the user"),
+        (RuntimeError("CUDA error\nwith advice"), 1, "the GPU stopped: CUDA error"),
+    ],
+)
+def test_what_was_measured_until_a_stop_is_kept(error, code, reason, tmp_path, capsys):
+    class Stops(Watch):
+        def warm(self):
+            if self.warmed:
+                raise error
+            super().warm()
+
+    found, out = Report(STAMP), tmp_path / "new" / "folder"
+    jobs = {"job": [case_of(ours=same)], "next": [case_of(ours=same)]}
+    assert command.follow(jobs, bench(timer=Stops()), found, out) == code
+    assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bench.md"]
+    saved = json.loads((out / "bench.json").read_text())
+    assert saved["stopped"] == reason
+    assert [row["job"] for row in saved["rows"]] == ["job"]
+    assert f"**Not complete: {reason}.**" in (out / "bench.md").read_text()
+    assert f"{reason}; what was measured until then is kept" in capsys.readouterr().err
+
+
+def test_files_are_there_after_each_case(tmp_path):
+    found, seen = Report(STAMP), []
+
+    def looks(x):
+        path = tmp_path / "bench.json"
+        seen.append(len(json.loads(path.read_text())["rows"]) if path.exists() else 0)
+
+    jobs = {"job": [case_of(ours=same), case_of(ours=looks)]}
+    assert command.follow(jobs, bench(), found, tmp_path) == 0
+    assert set(seen) == {1}
+
+
+def test_wrong_results_make_the_exit_code_1(tmp_path, capsys):
+    verdict = Verdict("WRONG: error 1", False, 1.0)
+    case = case_of(ours=same, check=lambda result, x: verdict)
+    assert command.follow({"job": [case]}, bench(), Report(STAMP), tmp_path) == 1
+    assert "WRONG: job: a case: WRONG: error 1" in capsys.readouterr().err
+    assert "WRONG: error 1" in (tmp_path / "bench.md").read_text()
+
+
+# peers
+
+
+def on_meta(rows: int, cols: int, group: tuple[int, int]) -> Scaled:
+    scale = torch.empty(groups.scale_shape((rows, cols), group), device="meta")
+    return Scaled(torch.empty(rows, cols, dtype=torch.float8_e4m3fn, device="meta"), scale, group)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 128, 4096])
+@pytest.mark.parametrize("weight", WEIGHTS, ids=lambda weight: weight.name)
+def test_torch_takes_the_operands_of_scaled_mm(weight, m):
+    """Its checks of shapes and strides run on tensors without memory."""
+    a, b = on_meta(m, weight.k, TILE), on_meta(weight.n, weight.k, BLOCK)
+    y = peers.scaled_mm(a, b)()
+    assert y.dtype == torch.bfloat16
+    assert y.shape[0] - m in range(4)
+    assert y.shape[1] - weight.n in range(128)
+    assert peers.cublas(a, b)().shape == (m, weight.n)
+
+
+@pytest.mark.parametrize("weight", wgrad.LAYERS, ids=lambda weight: weight.name)
+def test_torch_takes_the_operands_of_weight_gradients(weight):
+    a, b = (on_meta(4096, width, COLUMN).mT for width in weight[1:])
+    total = torch.empty(weight[1:], device="meta")
+    assert peers.scaled_mm_added(a, b, total)() is total
+    assert peers.cublas_added(a, b, total)() is total
+
+
+def test_torch_takes_the_operands_of_the_ceilings():
+    for case in ceilings.cases():
+        (side,) = case.sides.values()
+        if case.name != ceilings.COPY:
+            dtype = torch.bfloat16 if "BF16" in case.name else torch.float8_e4m3fn
+            a, b = (torch.empty(8192, 8192, dtype=dtype, device="meta") for _ in range(2))
+            assert side(a, b)().shape == (8192, 8192)
+
+
+def test_scaled_mm_is_given_the_reference_product():
+    """What it gets, multiplied by the reference, is the product of what we get."""
+    a, b = groups.quantise(torch.randn(3, 256)), groups.quantise(torch.randn(130, 256), BLOCK)
+    x, y, x_scale, x_kind, y_scale, y_kind = peers.scaled_mm(a, b).args
+    assert (x_kind, y_kind) == (F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128)
+    found = fp8.scaled_matmul(Scaled(x, x_scale, TILE), Scaled(y.mT, y_scale.mT[:, :2], BLOCK))
+    assert found.shape == (4, 256)
+    expected = fp8.scaled_matmul(a, b)
+    assert (found[:3, :130] - expected).norm() <= ROUNDING * expected.norm()
+    assert cores.arguments(a, b)[0].shape == (4, 256)
+
+
+def test_torchao_is_not_here_and_that_is_a_line(stand_ins):
+    assert "torchao" not in sys.modules
+    row = measure(next(TINY["gemm"]()), bench(), 1e9, Rates())
+    assert row.sides[peers.TORCHAO].note == "not installed: torchao"
+    assert row.ours.right
+
+
+def column_major(x: torch.Tensor) -> bool:
+    return x.stride(0) == 1 and x.stride(1) > 1
+
+
+class Torchao:
+    """torchao's checks of layouts, and right results."""
+
+    @staticmethod
+    def triton_fp8_gemm_1x128_128x128(a, b, a_s, b_s, block_size, out_dtype):
+        assert a.is_contiguous()
+        assert column_major(b)
+        assert column_major(a_s)
+        assert column_major(b_s)
+        assert block_size == 128
+        return product(Scaled(a, a_s, TILE), Scaled(b.mT, b_s.mT, BLOCK), out_dtype)
+
+    @staticmethod
+    def triton_fp8_gemm_1x128_128x1(a, b, a_s, b_s, block_size, out_dtype):
+        assert a.is_contiguous()
+        assert column_major(b)
+        assert column_major(a_s)
+        assert b_s.is_contiguous()
+        return product(Scaled(a, a_s, TILE), Scaled(b.mT, b_s.mT, TILE), out_dtype)
+
+    @staticmethod
+    def triton_fp8_blockwise_act_quant_lhs(x):
+        assert x.is_contiguous()
+        return groups.quantise(x)[:2]
+
+    @staticmethod
+    def triton_fp8_blockwise_weight_quant_transposed_rhs(x):
+        values, scale, _ = groups.quantise(x, BLOCK).mT
+        return values, scale
+
+
+@pytest.mark.parametrize("job", ["quantise", "decode", "gemm", "wgrad"])
+def test_torchao_is_called_as_it_wants(job, stand_ins, monkeypatch):
+    monkeypatch.setitem(sys.modules, peers._TORCHAO, Torchao)
+    real = peers.importlib.import_module
+    monkeypatch.setattr(peers.importlib, "import_module",
+                        lambda name: Torchao if name == peers._TORCHAO else real(name))  # fmt: skip
+    weights = (Weight("o", 256, 256),)  # at two blocks "column-major" says something
+    small = {"decode": dict(weights=weights), "gemm": dict(weights=weights)}
+    rows = run_all({job: partial(TINY[job], **small.get(job, {}))}, bench()).rows
+    sides = [row.sides[peers.TORCHAO] for row in rows if peers.TORCHAO in row.sides]
+    assert sides
+    for side in sides:
+        assert side.right, side.note
+        assert side.us == 50
+
+
+def test_the_reference_is_compiled_for_each_shape(stand_ins, monkeypatch):
+    compiled = []
+
+    def spy(function, dynamic):
+        compiled.append((function.__name__, dynamic))
+        return function
+
+    monkeypatch.setattr(torch, "compile", spy)
+    rows = run_all({"quantise": TINY["quantise"], "gemm": TINY["gemm"]}, bench()).rows
+    with_it = [row for row in rows if peers.COMPILED in row.sides]
+    assert all(row.sides[peers.COMPILED].right for row in with_it)
+    assert {name for name, dynamic in compiled if not dynamic} == {
+        "quantise", "quantise_twice", "requantise", "dequantise", "scaled_matmul",
+    }  # fmt: skip
+    assert [row.name for row in with_it if row.job == "gemm"] == ["o, 130 x 136 x 256"]
+
+
+# the clock, with a GPU's queue that a test can look into
+
+
+class Gpu:
+    """Calls take the time that they say they do; launches of the host cost 30 us each."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.replays, self.captured = 0.0, 0, []
+        self.graph, self.benched = None, []
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self.Event(self))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: self)
+        monkeypatch.setattr(clock, "do_bench", self.do_bench)
+
+    class Event:
+        def __init__(self, gpu):
+            self.gpu, self.at = gpu, 0.0
+
+        def record(self):
+            self.at = self.gpu.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) / 1000
+
+    def __enter__(self):
+        self.graph = []
+
+    def __exit__(self, *error):
+        self.captured, self.graph = self.graph, None
+
+    def replay(self):
+        self.replays += 1
+        self.now += 10 + sum(self.captured)
+
+    def do_bench(self, call, rep, return_mode):
+        assert return_mode == "all"
+        self.benched.append(call)
+        return [0.5, 0.25]
+
+    def call(self, us: float):
+        def run():
+            if self.graph is None:
+                self.now += us + 30
+            else:
+                self.graph.append(us)
+
+        return run
+
+
+def test_short_calls_are_timed_in_a_graph(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    times = clock.CudaTimer().measure([gpu.call(4.0), gpu.call(6.0), gpu.call(5.0)])
+    assert len(gpu.captured) == 67 * 3  # at least 200 launches, whole passes over the inputs
+    assert len(times) == 15
+    assert times == pytest.approx([5.0 + 10 / 201] * 15)
+    assert gpu.replays == 16  # the first is not timed
+    assert not gpu.benched
+
+
+def test_long_calls_are_timed_one_by_one_with_a_cold_cache(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    call = gpu.call(200.0)
+    assert clock.CudaTimer().measure([call, gpu.call(200.0)]) == [500, 250]
+    assert gpu.benched == [call]
+    assert not gpu.captured
+
+
+def test_results_are_held_through_a_pass(monkeypatch):
+    """Memory that is written again at once would stay in the cache."""
+    gpu, living, most = Gpu(monkeypatch), weakref.WeakSet(), []
+
+    def run():
+        result = Result()
+        living.add(result)
+        most.append(len(living))
+        return result
+
+    clock.CudaTimer().measure([run, run, run])
+    assert gpu.replays
+    assert max(most) >= 3
+
+
+class Result:
+    """What a call returns."""
+
+
+# what it ran on
+
+
+def test_clocks_are_asked_for_and_never_set(monkeypatch):
+    asked = []
+
+    def output(command):
+        asked.append(command)
+        return "580.1, 1980 MHz, 2619 MHz, 1980 MHz, 650.10 W"
+
+    properties = SimpleNamespace(uuid="1-2")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(stamp, "_output", output)
+    assert stamp.clocks() == {
+        "driver_version": "580.1", "clocks.sm": "1980 MHz", "clocks.mem": "2619 MHz",
+        "clocks.max.sm": "1980 MHz", "power.draw": "650.10 W",
+    }  # fmt: skip
+    (command,) = asked
+    assert command[0] == "nvidia-smi"
+    assert all(
+        part.startswith(("--query-gpu=", "--format=", "--id=GPU-1-2")) for part in command[1:]
+    )
+    monkeypatch.setattr(stamp, "_output", lambda command: "")
+    assert set(stamp.clocks().values()) == {"unknown"}
+
+
+def test_software_and_commit(monkeypatch):
+    found = stamp.software("python -m x")
+    assert found["command"] == "python -m x"
+    assert found["torch"] == torch.__version__
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["date"])
+    assert re.fullmatch(r"[0-9a-f]{12}\+?|unknown", found["commit"])
+    monkeypatch.setattr(
+        stamp, "_output", lambda command: "c0ffee" if "rev-parse" in command else "M"
+    )
+    assert stamp.commit() == "c0ffee+"
+    monkeypatch.setattr(stamp, "_output", lambda command: "")
+    assert stamp.commit() == "unknown"
+
+
+def test_programs_that_are_not_there_or_fail_say_nothing():
+    assert stamp._output(["no such program"]) == ""
+    assert stamp._output([sys.executable, "-c", "import sys; print(1); sys.exit(1)"]) == ""
+    assert stamp._output([sys.executable, "-c", "print(1)"]) == "1"
+
+
+# the command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NOT RUN: there is a GPU here")
+@pytest.mark.parametrize("verb", [[], ["gemm"], ["run", "gemm"], ["tune"]])
+def test_without_a_gpu_one_sentence(verb, tmp_path):
+    done = CliRunner().invoke(command.app, [*verb, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert done.output.strip() == command.NO_GPU
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NOT RUN: there is a GPU here")
+def test_it_runs_from_a_plain_checkout(tmp_path):
+    """As on a GPU host: no installed minids is needed, only PYTHONPATH."""
+    done = subprocess.run(
+        [sys.executable, "-m", "minids_kernels.bench", "--out", str(tmp_path / "out")],
+        cwd=ROOT, env={"PYTHONPATH": ".:kernels", "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip() == command.NO_GPU
+
+
+def test_names_that_are_no_job_or_kernel():
+    for arguments in (["gem", "--out", "x"], ["tune", "fp8_matmul.Nothing", "--out", "x"]):
+        done = CliRunner().invoke(command.app, arguments)
+        assert done.exit_code == 2
+        assert "is none of" in done.output
+    assert CliRunner().invoke(command.app, ["--help"]).exit_code == 0
+
+
+def test_the_whole_command(stand_ins, monkeypatch, tmp_path):
+    """With a card that is not there: jobs, report, files, exit code."""
+    properties = SimpleNamespace(name="NVIDIA H200", L2_cache_size=0, uuid="0",
+                                 multi_processor_count=132, total_memory=141e9)  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(stamp, "clocks_under_load", stamp.clocks)
+    monkeypatch.setattr(command, "CudaTimer", Watch)
+    on_cpu = lambda *given: Bench("cpu", *given[1:])  # noqa: E731
+    monkeypatch.setattr(command, "Bench", on_cpu)
+    for job, cases in TINY.items():
+        monkeypatch.setitem(JOBS, job, cases)
+    done = CliRunner().invoke(command.app, ["wgrad", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    saved = json.loads((tmp_path / "bench.json").read_text())
+    assert saved["stamp"]["gpu"] == "NVIDIA H200"
+    assert [row["job"] for row in saved["rows"]] == ["ceilings"] * 4 + ["wgrad"]
+    assert "o, 128 x 144 over 256" in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md"]
+
+
+# tuned configs
+
+CARD = cards.Card("a card", (9, 0), 132, 227 * 1024)
+
+
+class Wide(NamedTuple):
+    BLOCK_M: int
+    warps: int
+
+
+class Long(NamedTuple):
+    BLOCK_K: int
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Return the name of a kernel whose file lists configs of two."""
+    file = SimpleNamespace(CANDIDATES=(Wide(64, 4), Wide(128, 4), Wide(128, 8), Long(64)))
+    monkeypatch.setitem(sys.modules, "minids_kernels.some_file", file)
+    return "some_file.Wide"
+
+
+def row_of(name: str, **changes) -> dict:
+    row = {"kernel": name, "card": "a card", "shape": [4096, 2112, 7168],
+           "config": {"BLOCK_M": 128, "warps": 8}, "us": 1.0, "rule_us": 2.0,
+           "date": "2026-01-02", "commit": "c0ffee"}  # fmt: skip
+    return row | changes
+
+
+def table_of(monkeypatch, tmp_path, *rows: dict):
+    path = tmp_path / "configs.json"
+    path.write_text(json.dumps(rows))
+    monkeypatch.setattr(configs, "_table", lambda: configs.read(path))
+
+
+def test_rows_serve_down_to_half_of_their_rows_and_exact_widths(kernel, monkeypatch, tmp_path):
+    table_of(monkeypatch, tmp_path, row_of(kernel))
+    for m, found in ((4096, True), (2049, True), (2048, False), (4097, False), (1, False)):
+        config = configs.find(kernel, (m, 2112, 7168), CARD)
+        assert config == ({"BLOCK_M": 128, "warps": 8} if found else None), m
+    assert configs.find(kernel, (4096, 2113, 7168), CARD) is None
+    assert configs.find(kernel, (4096, 2112, 512), CARD) is None
+    assert configs.find(kernel, (4096, 2112, 7168), CARD._replace(name="another")) is None
+    assert configs.find("some_file.Long", (4096, 2112, 7168), CARD) is None
+
+
+def test_buckets():
+    sizes = [configs.bucket((m, 7))[0] for m in (0, 1, 2, 3, 4, 5, 64, 65, 128)]
+    assert sizes == [1, 1, 2, 4, 4, 8, 64, 128, 128]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"kernel": "some_file.Other"}, "names no kernel"),
+        ({"kernel": "no_file.Wide"}, "names no kernel"),
+        ({"kernel": "os.path.Wide"}, "names no kernel"),
+        (
+            {"config": {"BLOCK_M": 128, "waves": 8}},
+            "sets waves, which some_file.Wide does not have",
+        ),
+        ({"config": {"BLOCK_M": 256, "warps": 8}}, "is none of the candidates"),
+        ({"config": {"BLOCK_M": 128}}, "is none of the candidates"),
+        ({"shape": [4095, 2112, 7168]}, "must start its shape with a power of two"),
+        ({"shape": []}, "must start its shape with a power of two"),
+        ({"note": "x"}, "must have exactly the fields kernel, card"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_with_their_text(kernel, changes, text, tmp_path):
+    row = row_of(kernel, **changes)
+    path = tmp_path / "configs.json"
+    path.write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=re.escape(text)) as error:
+        configs.read(path)
+    assert json.dumps(row) in str(error.value)
+
+
+def test_a_row_twice_is_refused(kernel, tmp_path):
+    path = tmp_path / "configs.json"
+    path.write_text(json.dumps([row_of(kernel), row_of(kernel, us=3.0)]))
+    with pytest.raises(ValueError, match="is there twice"):
+        configs.read(path)
+
+
+def test_the_table_that_is_shipped_fits_the_kernels():
+    configs.read(configs.FILE)
+
+
+def test_a_trial_is_what_its_kernel_finds_until_it_ends(kernel, monkeypatch, tmp_path):
+    table_of(monkeypatch, tmp_path, row_of(kernel))
+    shape = (4096, 2112, 7168)
+    with configs.trying(kernel, {"BLOCK_M": 64, "warps": 4}) as trial:
+        assert configs.find(kernel, shape, CARD) == {"BLOCK_M": 64, "warps": 4}
+        assert configs.find("some_file.Long", shape, CARD) is None
+        with configs.trying(kernel, None):
+            assert configs.find(kernel, shape, CARD) is None
+    assert trial.asked == [shape]
+    assert configs.find(kernel, shape, CARD) == {"BLOCK_M": 128, "warps": 8}
+
+
+class Launch:
+    """A kernel that asks for its config; `times` are of the rule (None) and of BLOCK_M, warps."""
+
+    def __init__(self, kernel: str, times: dict, wrong: tuple = ()):
+        self.kernel, self.times, self.wrong, self.last = kernel, times, wrong, None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        config = configs.find(self.kernel, (3000, 7), CARD)
+        self.last = config and (config["BLOCK_M"], config["warps"])
+        return x + 1 if self.last in self.wrong else x
+
+    def measure(self, calls):
+        calls[0]()
+        us = self.times[self.last]
+        return [us - 1, us, us + 1]
+
+    def warm(self):
+        pass
+
+    def case(self) -> Case:
+        def check(result, x):
+            return Verdict("", True) if result.equal(x) else Verdict("WRONG", False)
+
+        return case_of(ours=self, check=check, config=self.kernel)
+
+
+def tuned(launch: Launch, rows: list | None = None) -> tune.Tuning:
+    tuning = tune.Tuning(STAMP, rows or [])
+    for _ in tune.tune([launch.case()], bench(timer=launch), tuning):
+        pass
+    return tuning
+
+
+def test_the_fastest_right_config_is_kept(kernel):
+    times = {None: 100.0, (64, 4): 95.0, (128, 4): 90.0, (128, 8): 50.0}
+    tuning = tuned(Launch(kernel, times, wrong=((128, 8),)))
+    (row,) = tuning.rows
+    assert row == {
+        "kernel": kernel, "card": "a card", "shape": [4096, 7], "us": 90.0, "rule_us": 100.0,
+        "config": {"BLOCK_M": 128, "warps": 4}, "date": STAMP["date"], "commit": "c0ffee",
+    }  # fmt: skip
+    assert [(each["config"], each["us"]) for each in tuning.tries] == [
+        (None, 100.0), ({"BLOCK_M": 64, "warps": 4}, 95.0), ({"BLOCK_M": 128, "warps": 4}, 90.0),
+        ({"BLOCK_M": 128, "warps": 8}, None),  # a wrong one is not timed
+    ]  # fmt: skip
+    assert tuning.tries[-1]["note"] == "WRONG"
+
+
+def test_within_the_spread_the_rule_stays_and_its_old_row_goes(kernel):
+    """The spread is 2."""
+    old = row_of(kernel, shape=[4096, 7])
+    others = [row_of(kernel, shape=[2048, 7]), row_of(kernel, shape=[4096, 7], card="another")]
+    slower = {None: 100.0, (64, 4): 98.5, (128, 4): 99.0, (128, 8): 101.0}
+    assert tuned(Launch(kernel, slower), [old, *others]).rows == others
+    faster = slower | {(64, 4): 97.0}
+    assert len(tuned(Launch(kernel, faster), [old, *others]).rows) == 3
+
+
+def test_a_case_that_does_not_launch_its_kernel_is_a_mistake(kernel):
+    case = case_of(ours=same, config=kernel)
+    with pytest.raises(ValueError, match=r"asks for 0 shapes of some_file\.Wide, not one"):
+        list(tune.tune([case], bench(), tune.Tuning(STAMP, [])))
+
+
+def test_tuning_stops_in_time_and_says_so(kernel):
+    launch = Launch(kernel, dict.fromkeys([None, (64, 4), (128, 4), (128, 8)], 9.0))
+    tuning = tune.Tuning(STAMP, [])
+    cases = [launch.case(), launch.case()]
+    place = bench(timer=launch, total_s=2, now=Ticks())
+    assert len(list(tune.tune(cases, place, tuning))) == 2
+    assert tuning.tries[-1] == {"case": "a case", "note": "dropped: the time was over"}
+    assert len(tuning.tries) == 5
+
+
+def test_the_tuner_writes_the_table_a_row_a_line(kernel, tmp_path):
+    rows = [row_of(kernel, card="b"), row_of(kernel, card="a")]
+    tuning = tune.Tuning(STAMP, rows, [{"case": "x"}])
+    table, folder = tmp_path / "configs.json", tmp_path / "results"
+    tune.save(tuning, table, folder)
+    assert [line[:12] for line in table.read_text().splitlines()] == [
+        "[", '{"kernel": "', '{"kernel": "', "]",
+    ]  # fmt: skip
+    assert json.loads(table.read_text()) == rows[::-1]
+    assert json.loads((folder / "tune.json").read_text())["tries"] == [{"case": "x"}]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["configs.json"]
+    tune.save(tune.Tuning(STAMP, []), table, folder)
+    assert table.read_text() == "[]\n" == configs.FILE.read_text()
+
+
+# the page
+
+
+def test_the_page_is_what_the_command_writes():
+    assert readme.README.read_text(encoding="utf-8") == readme.page(readme.RESULTS), (
+        "run: PYTHONPATH=.:kernels python -m minids_kernels.bench readme"
+    )
+
+
+def test_the_page_says_what_was_not_measured(tmp_path):
+    text = readme.page(tmp_path)
+    assert text.count("| not yet measured |") == len(readme.LISTED)
+    assert "26.6 (NVIDIA H100 80GB HBM3), 18.5 (NVIDIA H200)" in text
+
+
+def test_the_page_has_the_latest_row_of_each_kernel_and_card(stand_ins, tmp_path):
+    listed = {(kernel.job, kernel.case) for kernel in readme.LISTED}
+    assert len(listed) == len(readme.LISTED)
+    chosen = {job: [case for case in cases() if (job, case.name) in listed]
+              for job, cases in JOBS.items()}  # fmt: skip
+    assert {(job, case.name) for job, cases in chosen.items() for case in cases} == listed
+
+    def result(us: float, *jobs: str) -> str:
+        rows = []
+        for job in jobs:
+            for case in chosen[job]:
+                ours = Side(us, 1.0, [us, us], 6, True, None, "bit-equal")
+                sides = {OURS: ours, "slow": Side(3 * us), "fast": Side(2 * us), "none": Side()}
+                rows.append(Row(job, case.name, case.work, sides, H100, Rates(), case.goals))
+        return json.dumps(report.as_json(Report(STAMP | {"gpu": "NVIDIA H100"}, rows)))
+
+    for name, text in (
+        ("h100/2026-01-01", result(100.0, "gemm", "wgrad")),
+        ("h100/2026-01-02", result(200.0, "gemm")),
+        ("h200/2026-01-01", result(300.0, "quantise").replace("H100", "H200")),
+    ):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        (tmp_path / "results" / name / "bench.json").write_text(text)
+    text = readme.page(tmp_path / "results")
+    first, second = text.split("### NVIDIA H100\n")[1].split("### NVIDIA H200\n")
+    gemm_line = next(line for line in first.splitlines() if "o, 4096 x 7168" in line)
+    assert "| 200.0 ± 1.0 | 486.1 | 243.1 | bit-equal | fast 400.0 (2.00) |" in gemm_line
+    assert "[2026-01-02](results/h100/2026-01-02/bench.md)" in gemm_line
+    wgrad_line = next(line for line in first.splitlines() if "gate, 18432" in line)
+    assert "700 TFLOP/s: reached" in wgrad_line
+    assert "[2026-01-01](results/h100/2026-01-01/bench.md)" in wgrad_line
+    assert first.count("not yet measured") == len(readme.LISTED) - 2
+    assert second.count("| 300.0 ± 1.0 |") == len(chosen["quantise"])
+
+
+def test_what_the_page_links_to_exists():
+    text = readme.README.read_text(encoding="utf-8")
+    targets = set(re.findall(r"\]\(([^)]+)\)", text))
+    missing = [target for target in targets if not (readme.KERNELS / target).exists()]
+    assert not missing
+    for kernel in readme.LISTED:
+        module, _, function = kernel.reference.rpartition(".")
+        assert hasattr(__import__(f"minids.{module}", fromlist=["_"]), function)
+
+
+# make gpu
+
+
+def test_make_gpu_ends_in_nine_minutes_with_four_files():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    tests, kill = re.search(r"timeout -s INT -k (\d+) (\d+) ", makefile).group(2, 1)
+    seconds = re.search(r"--seconds (\d+)", makefile)[1]
+    assert int(tests) + int(kill) + int(seconds) <= 9 * 60 - 30  # to import, compile and write
+    dry = ["make", "-n", "gpu", "OUT=a b"]
+    lines = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for path in ["tests/test_fp8.py", *(ROOT / "tests").glob("test_kernel_*.py")]:
+        assert Path(path).name in lines
+    files = set(re.findall(r'"a b/([^"]+)"', lines)) | {report.JSON, report.MARKDOWN}
+    assert len(files) == 4
+    assert "exit $status" in lines
