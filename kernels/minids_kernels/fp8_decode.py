@@ -26,10 +26,10 @@ from torch import Tensor
 from minids_kernels import configs
 from minids_kernels.cards import Card
 from minids_kernels.e4m3 import operand as in_dot
-from minids_kernels.tiles import DEPTH, Operand, ceil_div, scale_of_tile
+from minids_kernels.tiles import DEPTH, Operand, by_four_warps, ceil_div, scale_of_tile
 
-MOST_TOKENS = 128  # above, fp8_matmul.py's tiles are as good and need no second kernel
 _FEW_TOKENS = 64  # up to here reading the weight is all the work
+_MOST_TOKENS = 128
 _LEAST_GROUPS = 4  # of a run: shorter ones fill the pipeline and are over
 _FILL, _HAND_OVER = 4, 8  # what a program costs beside its groups, in groups; the latter for splits
 _STRETCH = 1024  # numbers of the output that one program adds up
@@ -45,42 +45,38 @@ class Decode(NamedTuple):
 
 
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
-_TILES = ((64, 4, 6), (64, 4, 4), (128, 8, 4))  # BLOCK_N, warps, stages
+# BLOCK_N, warps, stages; the last one where each warp multiplies out of registers
+_FEW, _FEW_SHALLOW, _MANY, _OF_REGISTERS = (64, 4, 6), (64, 4, 4), (128, 8, 4), (32, 4, 3)
 CANDIDATES = tuple(
-    Decode(rows, splits, warps, stages) for rows, warps, stages in _TILES for splits in _SPLITS
+    Decode(rows, splits, warps, stages)
+    for rows, warps, stages in (_FEW, _FEW_SHALLOW, _MANY, _OF_REGISTERS)
+    for splits in _SPLITS
 )
 
 
+def most_tokens(card: Card) -> int:
+    """Return up to how many rows of `a` this kernel is the better one, and its sums fit."""
+    return _MOST_TOKENS if by_four_warps(card) else _FEW_TOKENS
+
+
 def rule_of_thumb(M: int, N: int, K: int, card: Card) -> Decode:
-    """Return a config by counting: for few tokens two programs on every multiprocessor.
+    """Return a config by counting: for few tokens, two programs on every multiprocessor.
 
     For more, the cut with the shortest time: rounds of programs times groups a program works on.
     """
-    groups = ceil_div(K, DEPTH)
+    few = M <= _FEW_TOKENS
+    rows, warps, stages = (_FEW if few else _MANY) if by_four_warps(card) else _OF_REGISTERS
+    tiles, groups = ceil_div(N, rows), ceil_div(K, DEPTH)
     legal = [splits for splits in _SPLITS if splits == 1 or groups >= _LEAST_GROUPS * splits]
-    if M <= _FEW_TOKENS:
-        fitting = [
-            tile for tile in _TILES[:2] if _shared_bytes(_FEW_TOKENS, tile) <= card.shared_bytes
-        ]
-        rows, warps, stages = fitting[0]
-        tiles = ceil_div(N, rows)
-        enough = [splits for splits in legal if tiles * splits >= 2 * card.n_sm]
-        return Decode(rows, (enough or legal[-1:])[0], warps, stages)
-    fitting = [
-        tile for tile in _TILES[::-1] if _shared_bytes(MOST_TOKENS, tile) <= card.shared_bytes
-    ]
-    rows, warps, stages = fitting[0]
 
     def time(splits: int) -> int:
-        rounds = ceil_div(ceil_div(N, rows) * splits, card.n_sm)
+        rounds = ceil_div(tiles * splits, card.n_sm)
         return rounds * (ceil_div(groups, splits) + _FILL + _HAND_OVER * (splits > 1))
 
+    if few:
+        enough = [splits for splits in legal if tiles * splits >= 2 * card.n_sm]
+        return Decode(rows, (enough or legal[-1:])[0], warps, stages)
     return Decode(rows, min(legal, key=time), warps, stages)
-
-
-def _shared_bytes(tokens: int, tile: tuple[int, int, int]) -> int:
-    rows, _, stages = tile
-    return stages * ((tokens + rows) * DEPTH + 8)  # and a barrier each
 
 
 @triton.jit(do_not_specialize=["M", "K", "a_k"])

@@ -29,7 +29,16 @@ from minids_kernels import cards, configs, fp8_decode
 from minids_kernels.cards import Card
 from minids_kernels.e4m3 import operand as in_dot
 from minids_kernels.scaled import Scaled
-from minids_kernels.tiles import DEPTH, Operand, ceil_div, is_aligned, operand, place, scale_of_tile
+from minids_kernels.tiles import (
+    DEPTH,
+    Operand,
+    by_four_warps,
+    ceil_div,
+    is_aligned,
+    operand,
+    place,
+    scale_of_tile,
+)
 
 _NAME = "scaled_matmul"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,21 +55,16 @@ class Prefill(NamedTuple):
     warps: int
     stages: int
 
-    @property
-    def shared_bytes(self) -> int:
-        """Groups on their way, and a part of the output in FP32 on its way back."""
-        stage = (self.BLOCK_M + self.PARTS * self.BLOCK_N) * DEPTH
-        return self.stages * (stage + 8 * self.PARTS) + 4 * self.BLOCK_M * self.BLOCK_N
-
 
 CANDIDATES = (
     Prefill(128, 128, 1, 8, programs=1, warps=8, stages=4),
-    Prefill(128, 128, 1, 8, programs=1, warps=8, stages=3),
     Prefill(128, 64, 3, 8, programs=1, warps=8, stages=4),  # 192 wide
     Prefill(64, 128, 1, 16, programs=2, warps=4, stages=3),
-    Prefill(64, 128, 1, 16, programs=2, warps=4, stages=2),
+    Prefill(128, 64, 1, 8, programs=2, warps=4, stages=3),
     Prefill(64, 64, 1, 16, programs=3, warps=4, stages=3),
+    Prefill(64, 32, 1, 16, programs=2, warps=4, stages=2),
 )
+_OF_REGISTERS = CANDIDATES[-1]  # where each warp multiplies out of registers
 
 
 def rule_of_thumb(M: int, N: int, K: int, b_group: int, card: Card) -> Prefill:
@@ -76,15 +80,14 @@ def rule_of_thumb(M: int, N: int, K: int, b_group: int, card: Card) -> Prefill:
         moved = 1 + 16 / config.BLOCK_M + 16 / config.BLOCK_N
         return rounds * config.programs * config.BLOCK_M * width * moved
 
-    return min((config for config in CANDIDATES if fits(config, b_group, card)), key=time)
+    if not by_four_warps(card):
+        return _OF_REGISTERS
+    return min((config for config in CANDIDATES if in_registers(config, b_group)), key=time)
 
 
-def fits(config: Prefill, b_group: int, card: Card) -> bool:
-    """Say whether the programs fit on a multiprocessor: in its shared memory and registers."""
-    in_registers = config.PARTS == 1 or b_group == DEPTH  # a scale a column needs more of them
-    reserved = 1024  # bytes a program, of the system; one is not counted in `shared_bytes`
-    needed = config.programs * (config.shared_bytes + reserved) - reserved
-    return in_registers and needed <= card.shared_bytes
+def in_registers(config: Prefill, b_group: int) -> bool:
+    """Say whether the sums stay in registers: beside three parts, not with a scale a column."""
+    return config.PARTS == 1 or b_group == DEPTH
 
 
 @triton.jit(do_not_specialize=["M", "K", "a_k"])
@@ -95,6 +98,7 @@ def prefill(
     A_GROUP: tl.constexpr, B_GROUP: tl.constexpr,
     ADD: tl.constexpr, DESCRIBED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(BLOCK_M <= 128 and BLOCK_N <= 128)  # a tile's rows lie in one group of 128
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N * PARTS)
     tl.assume(K > 0)
@@ -170,8 +174,8 @@ def scaled_matmul(
         out = torch.empty((M, N), dtype=dtype, device=a.values.device)
     if 0 in (M, N, K):
         return out if add else out.zero_()
-    launch_ = fp8_decode.launch if M <= fp8_decode.MOST_TOKENS else launch
-    launch_(operand(a, card), operand(b, card), out, add, card)
+    few = M <= fp8_decode.most_tokens(card)
+    (fp8_decode.launch if few else launch)(operand(a, card), operand(b, card), out, add, card)
     return out
 
 

@@ -1,6 +1,6 @@
 """What products of scaled matrices share: where a tile lies, its scales, its operands' memory.
 
-    out[m, n]  =  sum over groups g   scale_a[m, g] scale_b[n, g]   sum over k in g   a[m, k] b[n, k]
+    out[m, n] = sum over groups g   scale_a[m, g] scale_b[n, g]   sum over k in g   a[m, k] b[n, k]
 
 The inner sum is one `tl.dot` over 128 that starts from zero, on the tensor cores; the outer one is
 kept in FP32 registers ("promotion", DeepSeek-V3 section 3.3.2, Figure 7b): Hopper's tensor cores
@@ -87,6 +87,12 @@ def operand(x: Scaled, card: Card) -> Operand:
         padded = torch.empty((rows, width), dtype=torch.uint8, device=values.device)[:, :cols]
         values = padded.copy_(values.view(torch.uint8)).view(values.dtype)
     return Operand(stored(values, card.fp8), x.scale, x.group[0])
+
+
+def by_four_warps(card: Card) -> bool:
+    """Say whether four warps make a product together, out of shared memory: Hopper's wgmma, and
+    tcgen05 of Blackwell in the data centre; elsewhere each warp makes its own, out of registers."""
+    return 9 <= card.capability[0] <= 11
 
 
 def ceil_div(n: int, size: int) -> int:
