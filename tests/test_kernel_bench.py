@@ -114,11 +114,11 @@ def run_all(jobs: dict, place: Bench) -> Report:
     return found
 
 
-def case_of(check=None, goals=(), config="", **sides) -> Case:
+def case_of(check=None, **sides) -> Case:
     """Return a case on four random numbers; sides are functions of them."""
     prepared = {name: (lambda x, f=f: partial(f, x)) for name, f in sides.items()}
     inputs = lambda device: (torch.randn(4, device=device),)  # noqa: E731
-    return Case("job", "a case", Work(1000), inputs, prepared, check, goals, config)
+    return Case("job", "a case", Work(1000), inputs, prepared, check)
 
 
 def same(x: torch.Tensor) -> torch.Tensor:
@@ -798,10 +798,10 @@ def test_it_runs_from_a_plain_checkout(tmp_path):
 
 
 def test_names_that_are_no_job_or_kernel():
-    for arguments in (["gem", "--out", "x"], ["tune", "fp8_matmul.Nothing", "--out", "x"]):
-        done = CliRunner().invoke(command.app, arguments)
+    for arguments, words in ((["gem"], "is none of"), (["tune", "fp8_matmul.X"], "no kernel file")):
+        done = CliRunner().invoke(command.app, [*arguments, "--out", "x"])
         assert done.exit_code == 2
-        assert "is none of" in done.output
+        assert words in done.output
     assert CliRunner().invoke(command.app, ["--help"]).exit_code == 0
 
 
@@ -922,7 +922,7 @@ def test_a_trial_is_what_its_kernel_finds_until_it_ends(kernel, monkeypatch, tmp
         assert configs.find("some_file.Long", shape, CARD) is None
         with configs.trying(kernel, None):
             assert configs.find(kernel, shape, CARD) is None
-    assert trial.asked == [shape]
+    assert trial.asked == [(kernel, shape), ("some_file.Long", shape)]
     assert configs.find(kernel, shape, CARD) == {"BLOCK_M": 128, "warps": 8}
 
 
@@ -949,7 +949,7 @@ class Launch:
         def check(result, x):
             return Verdict("", True) if result.equal(x) else Verdict("WRONG", False)
 
-        return case_of(ours=self, check=check, config=self.kernel)
+        return case_of(ours=self, check=check)
 
 
 def tuned(launch: Launch, rows: list | None = None) -> tune.Tuning:
@@ -984,10 +984,18 @@ def test_within_the_spread_the_rule_stays_and_its_old_row_goes(kernel):
     assert len(tuned(Launch(kernel, faster), [old, *others]).rows) == 3
 
 
-def test_a_case_that_does_not_launch_its_kernel_is_a_mistake(kernel):
-    case = case_of(ours=same, config=kernel)
-    with pytest.raises(ValueError, match=r"asks for 0 shapes of some_file\.Wide, not one"):
-        list(tune.tune([case], bench(), tune.Tuning(STAMP, [])))
+def test_only_kernels_that_a_case_launches_and_that_are_chosen_are_tuned(kernel):
+    launch = Launch(kernel, dict.fromkeys([None, (64, 4), (128, 4), (128, 8)], 9.0))
+    for case, chosen, n in (
+        (launch.case(), [], 4),
+        (launch.case(), [kernel], 4),
+        (launch.case(), ["some_file.Long"], 0),
+        (case_of(ours=same), [], 0),
+        (case_of(ours=fails), [], 0),
+    ):
+        tuning = tune.Tuning(STAMP, [])
+        assert len(list(tune.tune([case], bench(timer=launch), tuning, chosen))) == 1
+        assert len(tuning.tries) == n
 
 
 def test_tuning_stops_in_time_and_says_so(kernel):

@@ -27,11 +27,11 @@ Config = dict[str, Any]
 
 
 class Trial(NamedTuple):
-    """A config that is being timed, and the shapes for which its kernel asked for one."""
+    """A config that is being timed, and which kernels asked for one, for which shapes."""
 
     kernel: str
     config: Config | None  # None: its rule of thumb
-    asked: list[Shape]
+    asked: list[tuple[str, Shape]]
 
 
 _trial: ContextVar[Trial | None] = ContextVar("trial", default=None)
@@ -43,9 +43,10 @@ def find(kernel: str, shape: Shape, card: Card) -> Config | None:
     Raises ValueError, with the row, for a table that does not fit the kernels.
     """
     trial = _trial.get()
-    if trial is not None and trial.kernel == kernel:
-        trial.asked.append(shape)
-        return trial.config
+    if trial is not None:
+        trial.asked.append((kernel, shape))
+        if trial.kernel == kernel:
+            return trial.config
     return _table().get((kernel, card.name, bucket(shape)))
 
 

@@ -49,7 +49,7 @@ class Goal(NamedTuple):
 class Case:
     """One shape: how to draw its inputs, who computes on them (first: what is measured), a check.
 
-    `config` names the kernel's configs in the table of tuned ones. A side's name is its column.
+    A side's name is its column.
     """
 
     job: str
@@ -59,7 +59,6 @@ class Case:
     sides: dict[str, Prepare]
     check: Callable[..., Verdict] | None = None  # of a result and the inputs it came from
     goals: tuple[Goal, ...] = ()
-    config: str = ""
 
 
 Cases = Callable[..., Iterator[Case]]  # a job, cheap to list: nothing is allocated yet

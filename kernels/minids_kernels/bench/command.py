@@ -109,14 +109,18 @@ def tune_kernels(
     seconds: Annotated[float, typer.Option(help="In all; what it did not reach is named.")] = 540,
 ) -> None:
     """Try every config at V3's shapes; writes configs.json where one beats the rule of thumb."""
-    cases = tune.tunable(JOBS)
-    chosen = [case for name in known(kernels or list(cases), cases) for case in cases[name]]
+    try:
+        for name in kernels or ():
+            configs.candidates(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     bench = on_this_gpu(seconds)
+    cases = [case for name, job in JOBS.items() if name != ceilings.JOB for case in job()]
     rows = json.loads(configs.FILE.read_text(encoding="utf-8"))
     tuning = tune.Tuning(stamp.stamp(command_line()), rows)
     try:
-        steps = tune.tune(chosen, bench, tuning)
-        for _ in tqdm(steps, total=len(chosen), unit="case", file=sys.stderr):
+        steps = tune.tune(cases, bench, tuning, kernels or ())
+        for _ in tqdm(steps, total=len(cases), unit="case", file=sys.stderr):
             tune.save(tuning, configs.FILE, out)
     except KeyboardInterrupt:
         typer.echo("interrupted; the cases that were done are kept", err=True)

@@ -25,7 +25,7 @@ def cases(
     for m in tokens:
         for weight in weights:
             with_compiled = m == tokens[-1] and weight.name == COMPILED
-            yield case(JOB, m, weight, goals(m, weight), "fp8_matmul.Prefill", with_compiled)
+            yield case(JOB, m, weight, goals(m, weight), with_compiled)
 
 
 def goals(m: int, weight: Weight) -> tuple[Goal, ...]:
@@ -38,9 +38,7 @@ def goals(m: int, weight: Weight) -> tuple[Goal, ...]:
     return (Goal("tflops", rate), beside) if rate else (beside,)
 
 
-def case(
-    job: str, m: int, weight: Weight, goals: tuple[Goal, ...], config: str, compiled: bool = False
-) -> Case:
+def case(job: str, m: int, weight: Weight, goals: tuple[Goal, ...], compiled: bool = False) -> Case:
     """Return the product of m tokens, by tiles, and a weight, by blocks, rounded to BF16."""
     sides: dict[str, Prepare] = {
         OURS: lambda a, b: partial(kernels.scaled_matmul, a, b, torch.bfloat16),
@@ -53,7 +51,7 @@ def case(
     n, k = weight.n, weight.k
     name = f"{weight.name}, {m} x {n} x {k}"
     return Case(job, name, product(m, n, k), partial(_operands, m, weight), sides,
-                checks.product, goals, config)  # fmt: skip
+                checks.product, goals)  # fmt: skip
 
 
 def _operands(m: int, weight: Weight, device: str) -> tuple[Scaled, Scaled]:

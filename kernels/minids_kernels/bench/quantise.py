@@ -17,7 +17,6 @@ from minids_kernels.bench.shapes import TOKENS
 
 JOB = "quantise"
 GOALS = (Goal("percent_of_copy", 90),)
-TILES, SQUARE, WIDEN = "fp8_quantise.Tiles", "fp8_quantise.Square", "fp8_dequantise.Wide"
 
 Size = tuple[int, int]
 
@@ -27,15 +26,15 @@ def cases(
 ) -> Iterator[Case]:
     """Yield what a step of training does to activations, gradients and weights."""
     yield _requantised("1x128 to 128x1", activation)
-    yield _quantised("1x128", activation, TILES, (TILE,))
-    yield _quantised("1x128 and 128x1", activation, SQUARE, (TILE, COLUMN))
-    yield _quantised("1x128", hidden, TILES, (TILE,))
-    yield _quantised("128x128", weight, SQUARE, (BLOCK,))
+    yield _quantised("1x128", activation, (TILE,))
+    yield _quantised("1x128 and 128x1", activation, (TILE, COLUMN))
+    yield _quantised("1x128", hidden, (TILE,))
+    yield _quantised("128x128", weight, (BLOCK,))
     yield _dequantised("128x128 to BF16", weight)
-    yield _quantised("128x128, turned too", weight, SQUARE, (BLOCK, BLOCK))
+    yield _quantised("128x128, turned too", weight, (BLOCK, BLOCK))
 
 
-def _quantised(name: str, size: Size, config: str, by: tuple[Size, ...]) -> Case:
+def _quantised(name: str, size: Size, by: tuple[Size, ...]) -> Case:
     """Round random BF16 in one grouping, or in two from one read."""
     call = "quantise" if len(by) == 1 else "quantise_twice"
     reference = getattr(groups, call)
@@ -44,9 +43,7 @@ def _quantised(name: str, size: Size, config: str, by: tuple[Size, ...]) -> Case
         sides[peers.TORCHAO] = partial(peers.torchao_quantise, by[0])
     sides[peers.COMPILED] = partial(peers.compiled, reference, by)
     work = quantisation(*size, *by)
-    return _case(
-        name, size, config, work, partial(_numbers, size), sides, lambda x: reference(x, *by)
-    )
+    return _case(name, size, work, partial(_numbers, size), sides, lambda x: reference(x, *by))
 
 
 def _requantised(name: str, size: Size) -> Case:
@@ -58,7 +55,7 @@ def _requantised(name: str, size: Size) -> Case:
         peers.COMPILED: partial(peers.compiled, groups.requantise, (COLUMN,)),
     }
     work = Work(work.moved_bytes + scales.moved_bytes)
-    return _case(name, size, SQUARE, work, partial(_codes, size, TILE), sides,
+    return _case(name, size, work, partial(_codes, size, TILE), sides,
                  lambda x: groups.requantise(x, COLUMN))  # fmt: skip
 
 
@@ -68,15 +65,13 @@ def _dequantised(name: str, size: Size) -> Case:
         OURS: lambda x: partial(kernels.dequantise, x, torch.bfloat16),
         peers.COMPILED: partial(peers.compiled, groups.dequantise, (torch.bfloat16,)),
     }
-    return _case(name, size, WIDEN, quantisation(*size, BLOCK), partial(_codes, size, BLOCK), sides,
+    return _case(name, size, quantisation(*size, BLOCK), partial(_codes, size, BLOCK), sides,
                  lambda x: groups.dequantise(x, torch.bfloat16))  # fmt: skip
 
 
-def _case(
-    name: str, size: Size, config: str, work: Work, inputs: Any, sides: Any, reference: Any
-) -> Case:
+def _case(name: str, size: Size, work: Work, inputs: Any, sides: Any, reference: Any) -> Case:
     check = partial(checks.bits, reference)
-    return Case(JOB, f"{name}, {size[0]} x {size[1]}", work, inputs, sides, check, GOALS, config)
+    return Case(JOB, f"{name}, {size[0]} x {size[1]}", work, inputs, sides, check, GOALS)
 
 
 def _numbers(size: Size, device: str) -> tuple[Tensor]:

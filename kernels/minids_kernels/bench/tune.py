@@ -4,13 +4,13 @@ Where two cases share a row of the table, the later one, which has more rows, de
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minids_kernels import configs
-from minids_kernels.bench.case import Case, Cases, Side
+from minids_kernels.bench.case import Call, Case, Prepare, Side
 from minids_kernels.bench.report import replace
 from minids_kernels.bench.run import ROUNDS, Bench, attempt, draw, start, summarise, time_once
 
@@ -19,12 +19,10 @@ RESULTS = "tune.json"
 
 @dataclass
 class Try:
-    """One config of one case; without a config the kernel followed its rule of thumb."""
+    """One config of a kernel in one case; without a config it followed its rule of thumb."""
 
-    case: str
     config: configs.Config | None
-    side: Side = field(default_factory=Side)
-    asked: list[configs.Shape] = field(default_factory=list)
+    side: Side
 
 
 @dataclass
@@ -36,11 +34,10 @@ class Tuning:
     tries: list[dict[str, Any]] = field(default_factory=list)
 
 
-def tune(cases: Iterable[Case], bench: Bench, tuning: Tuning) -> Iterator[None]:
-    """Try case by case; yields after each one, whose row is then in the table or out of it.
-
-    Raises ValueError where a case names a kernel that it does not launch.
-    """
+def tune(
+    cases: Iterable[Case], bench: Bench, tuning: Tuning, chosen: Sequence[str] = ()
+) -> Iterator[None]:
+    """Tune the chosen kernels, or all, that each case launches; yields after each case."""
     end = bench.now() + bench.total_s
     for case in cases:
         if bench.now() >= end:
@@ -49,30 +46,41 @@ def tune(cases: Iterable[Case], bench: Bench, tuning: Tuning) -> Iterator[None]:
             continue
         bench.timer.warm()
         drawn = draw(case, bench)
-        listed = [None, *(config._asdict() for config in configs.candidates(case.config))]
-        tries = [try_config(case, bench, drawn, config) for config in listed]
-        asked = {shape for each in tries for shape in each.asked}
-        if len(asked) != 1:
-            raise ValueError(f"{case.name} asks for {len(asked)} shapes of {case.config}, not one")
-        shape = asked.pop()
-        for each in tries:
-            tuning.tries.append({"kernel": case.config, "case": case.name, "shape": shape,
-                                 "config": each.config, **vars(each.side)})  # fmt: skip
-        keep(tuning, case.config, configs.bucket(shape), tries)
+        for kernel, shape in launched(case, drawn):
+            if not chosen or kernel in chosen:
+                configs_of = [config._asdict() for config in configs.candidates(kernel)]
+                tries = [try_config(case, bench, drawn, kernel, c) for c in [None, *configs_of]]
+                about = {"kernel": kernel, "case": case.name, "shape": shape}
+                tuning.tries += [about | {"config": t.config} | vars(t.side) for t in tries]
+                keep(tuning, kernel, configs.bucket(shape), tries)
         yield
 
 
-def try_config(case: Case, bench: Bench, drawn: list[tuple], config: configs.Config | None) -> Try:
+def launched(case: Case, drawn: list[tuple]) -> list[tuple[str, configs.Shape]]:
+    """Return the kernels that ask for a config when our side of a case runs, and their shapes."""
+    with configs.trying("", None) as trial:
+        attempt(Side(), lambda: ours(case)(*drawn[0])())
+    return list(dict.fromkeys(trial.asked))
+
+
+def ours(case: Case) -> Prepare:
+    """Return the side of a case that is measured."""
+    return next(iter(case.sides.values()))
+
+
+def try_config(
+    case: Case, bench: Bench, drawn: list[tuple], kernel: str, config: configs.Config | None
+) -> Try:
     """Check a config's result, then time it; a wrong one is not timed."""
-    found, calls, rounds = Try(case.name, config), {}, []
-    ours = next(iter(case.sides))
-    with configs.trying(case.config, config) as trial:
-        if attempt(found.side, lambda: start(case, ours, found.side, drawn, calls)):
-            for _ in range(ROUNDS if found.side.right else 0):
-                attempt(found.side, lambda: time_once(bench.timer, calls[ours], rounds))
-    summarise(found.side, rounds)
-    found.asked = trial.asked
-    return found
+    side, rounds = Side(), []
+    calls: dict[str, list[Call]] = {}
+    name = next(iter(case.sides))
+    with configs.trying(kernel, config):
+        if attempt(side, lambda: start(case, name, side, drawn, calls)):
+            for _ in range(ROUNDS if side.right else 0):
+                attempt(side, lambda: time_once(bench.timer, calls[name], rounds))
+    summarise(side, rounds)
+    return Try(config, side)
 
 
 def keep(tuning: Tuning, kernel: str, shape: configs.Shape, tries: list[Try]) -> None:
@@ -101,16 +109,6 @@ def save(tuning: Tuning, table: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tried = {"stamp": tuning.stamp, "tries": tuning.tries}
     replace(folder / RESULTS, json.dumps(tried, indent=1) + "\n")
-
-
-def tunable(jobs: dict[str, Cases]) -> dict[str, list[Case]]:
-    """Return the cases of each kernel that has a table."""
-    found: dict[str, list[Case]] = {}
-    for job in jobs.values():
-        for case in job():
-            if case.config:
-                found.setdefault(case.config, []).append(case)
-    return found
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, configs.Shape]:

@@ -30,8 +30,7 @@ def cases(tokens: int = TOKENS, weights: tuple[Weight, ...] = LAYERS) -> Iterato
         }
         name = f"{weight.name}, {weight.n} x {weight.k} over {tokens}"
         yield Case(JOB, name, weight_gradient(weight.n, weight.k, tokens),
-                   partial(_operands, weight, tokens), sides, checks.product, GOALS,
-                   "fp8_matmul.Prefill")  # fmt: skip
+                   partial(_operands, weight, tokens), sides, checks.product, GOALS)  # fmt: skip
 
 
 def _ours(a: Scaled, b: Scaled, total: Tensor) -> Call:
