@@ -49,8 +49,10 @@ HOPPER = (9, 0)
 _SYSTEMS_BYTES = 1024  # of shared memory, for each program
 _REGISTERS, _QUARTERS = 65536, 4  # of a multiprocessor; a warp lives in one quarter of it
 _UNIT = 256  # registers are given to a warp in multiples of this
-# matrix products (wgmma: QGMMA of FP8, HGMMA of BF16), bulk tensor loads, copies, spills
-_SASS = r"\b(QGMMA|HGMMA|QMMA|HMMA|UTC\w*MMA|UTMALDG|UTMASTG|LDGSTS|STL|LDL)\b"
+# matrix products (wgmma: QGMMA of FP8, HGMMA of BF16), bulk tensor copies, copies, spills; loads
+# and stores with their width: LDG.128 is 16 bytes a thread, LDG 4 or less
+_SASS = r"\b(QGMMA|HGMMA|QMMA|HMMA|UTC\w*MMA|UTMALDG|UTMASTG|LDGSTS|STL|LDL|LDG|STG)\b([.\w]*)"
+_MOVES = {"LDG", "STG"}
 _INEXACT = r"^\s+(?:@!?%p\d+ )?(\w+\.(?:approx|full)[\w.]*)"  # such as div.full.f32 for `/`
 
 
@@ -160,7 +162,10 @@ def _read(name: str, kernel, capability: tuple[int, int]) -> Compiled:
     ptx = kernel.asm["ptx"]
     threads = re.search(r"\.reqntid (\d+)", ptx)  # more than num_warps where warps specialise
     warps = int(threads[1]) // 32 if threads else kernel.metadata.num_warps
-    sass = Counter(re.findall(_SASS, _tool("nvdisasm", "-c", kernel.asm["cubin"])))
+    sass = Counter(
+        name + "".join(width for width in (".128", ".64") if name in _MOVES and width in suffix)
+        for name, suffix in re.findall(_SASS, _tool("nvdisasm", "-c", kernel.asm["cubin"]))
+    )
     inexact = Counter(re.findall(_INEXACT, ptx, re.MULTILINE))
     shared = kernel.metadata.shared
     spilled = stack + local

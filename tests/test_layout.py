@@ -1,8 +1,10 @@
 """The shape of the repository, as rules; each is also shown to fail where it is broken."""
 
 import ast
+import inspect
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,25 @@ HEAVY = {"figures", "matplotlib", "transformers", "typer"}
 # sources that are read an exercise at a time: statement, hints, solution and wrong answers
 LONG = {"exercises": 700}  # lines, of a file in a folder of this name
 EDGES = {"cli", "learn", "bench"}  # may import HEAVY inside functions, cli and bench typer anywhere
+# a file of kernels/minids_kernels without a test file of its own, with the reason
+NO_KERNEL = {
+    "__init__": "names only",
+    "cards": "what a card can do, no kernel; tested with the harness",
+    "configs": "the tuned table, no kernel; tested with the benchmark that writes it",
+    "e4m3": "device functions; tested through the kernels of fp8_quantise and fp8_dequantise",
+    "scaled": "a tuple",
+    "tiles": "device functions; tested through the kernels of fp8_matmul",
+}
+# a test of kernels without a kernel of its own, with the reason
+NO_KERNEL_FILE = {"harness": "the tools of the kernels' tests", "bench": "the benchmark"}
+KERNEL_LINES = 400
+KERNELS_IMPORT = {"torch", "triton", "minids_kernels"}  # a kernel can be taken along alone
+BENCH_IMPORTS = KERNELS_IMPORT | {"minids", "numpy", "tqdm", "typer"}
+# wrappers whose reference is two calls of others, with these
+NO_REFERENCE = {
+    "quantise_twice": "quantise, and quantise with other groups: from one read",
+    "requantise": "quantise(dequantise(x)): in one pass",
+}
 LABELS = ["Paper", "Dims", "Book", "Kernel"]
 MOVES = {"view", "reshape", "permute", "transpose", "unsqueeze", "squeeze"}
 
@@ -193,6 +214,54 @@ def docstrings_carry_labels(root: Path) -> Iterator[str]:
             yield f"{path.name}: its docstring must have {', '.join(LABELS)} in this order"
 
 
+def kernels(root: Path) -> list[Path]:
+    """Return the files of minids_kernels that are no benchmark."""
+    return sorted((root / "kernels/minids_kernels").glob("*.py"))
+
+
+def kernels_have_a_stem_and_a_test(root: Path) -> Iterator[str]:
+    stems = {path.stem for path in core(root)}
+    files = {path.stem for path in kernels(root)}
+    tests = {path.stem.removeprefix("test_kernel_") for path in root.glob("tests/test_kernel_*.py")}
+    for name in sorted(files - set(NO_KERNEL)):
+        if "_" not in name or name.split("_")[0] not in stems:
+            yield f"{name}.py is no <stem>_<op>.py with a stem of minids"
+        if name not in tests:
+            yield f"{name}.py has no test_kernel_{name}.py"
+    yield from (
+        f"test_kernel_{name}.py tests no kernel of that name"
+        for name in sorted(tests - files - set(NO_KERNEL_FILE))
+    )
+
+
+def kernel_files_are_short(root: Path) -> Iterator[str]:
+    for path in sorted((root / "kernels").rglob("*.py")):
+        if n_lines(path) > KERNEL_LINES:
+            yield f"{path.name} has {n_lines(path)} lines, more than {KERNEL_LINES}"
+
+
+def kernels_import_torch_and_triton_alone(root: Path) -> Iterator[str]:
+    for path in sorted((root / "kernels/minids_kernels").rglob("*.py")):
+        allowed = BENCH_IMPORTS if "bench" in path.parts else KERNELS_IMPORT
+        for node in ast.walk(tree(path)):
+            for name in imported(node):
+                package = name.split(".")[0]
+                if package not in allowed | sys.stdlib_module_names:
+                    yield f"{path.name} imports {name}"
+                if "bench" in name.split(".") and "bench" not in path.parts:
+                    yield f"{path.name} imports the benchmark"
+
+
+def kernels_are_imported_in_one_place(root: Path) -> Iterator[str]:
+    """Triton is loaded where it is asked for: in a function of minids/impl.py."""
+    for path in modules(root):
+        late = path == root / "minids/impl.py"
+        for node in at_import(tree(path)) if late else ast.walk(tree(path)):
+            for name in imported(node):
+                if name.split(".")[0] in {"minids_kernels", "triton"}:
+                    yield f"{path.name} imports {name}"
+
+
 # what breaks each rule: files written into an empty repository
 PLANTED = {
     top_level_is_as_designed: {"setup.py": ""},
@@ -206,6 +275,12 @@ PLANTED = {
         "minids/router.py": "from __future__ import annotations\nfrom jaxtyping import Float"
     },
     axes_move_with_einops: {"minids/learn/a.py": "y = x.view(2)"},
+    kernels_have_a_stem_and_a_test: {"kernels/minids_kernels/router_topk.py": ""},
+    kernel_files_are_short: {"kernels/minids_kernels/bench/run.py": "\n" * 401},
+    kernels_import_torch_and_triton_alone: {
+        "kernels/minids_kernels/a_b.py": "def f():\n    from minids.fp8 import TILE"
+    },
+    kernels_are_imported_in_one_place: {"minids/fp8.py": "def f():\n    import minids_kernels"},
     docstrings_carry_labels: {
         "minids/router.py": '"""A.\n\nPaper a\nBook b   Kernel c\nDims d\n"""'
     },
@@ -256,6 +331,22 @@ def test_top_level_names_what_is_too_much_and_what_is_missing(tmp_path):
         ),
         (docstrings_carry_labels, {"minids/router.py": "x = 1"}),
         (axes_move_with_einops, {"minids/a.py": "y = x.view(torch.uint8).view(len(x))"}),
+        (
+            kernels_have_a_stem_and_a_test,
+            {"kernels/minids_kernels/fast_topk.py": "", "tests/test_kernel_fast_topk.py": ""},
+        ),
+        (kernels_have_a_stem_and_a_test, {"tests/test_kernel_router_topk.py": ""}),
+        (kernels_import_torch_and_triton_alone, {"kernels/minids_kernels/a.py": "import numpy"}),
+        (
+            kernels_import_torch_and_triton_alone,
+            {"kernels/minids_kernels/a.py": "from minids_kernels.bench import run"},
+        ),
+        (
+            kernels_import_torch_and_triton_alone,
+            {"kernels/minids_kernels/bench/a.py": "import matplotlib"},
+        ),
+        (kernels_are_imported_in_one_place, {"minids/impl.py": "import minids_kernels"}),
+        (kernels_are_imported_in_one_place, {"minids/learn/a.py": "import triton.language"}),
     ],
 )
 def test_rule_sees_its_other_side(rule, files, tmp_path):
@@ -288,3 +379,70 @@ def test_exceptions_are_still_needed():
     assert set(NO_TEST) <= {path.stem for path in core(ROOT)}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert set(NO_MODULE) <= tests
+    untested = {path.stem for path in kernels(ROOT) if f"kernel_{path.stem}" not in tests}
+    assert set(NO_KERNEL) <= untested
+    assert {f"kernel_{name}" for name in NO_KERNEL_FILE} <= tests
+
+
+def test_benchmark_and_impl_may_reach_out(tmp_path):
+    plant(
+        tmp_path,
+        {
+            "kernels/minids_kernels/bench/a.py": "from minids.fp8 import TILE\nimport numpy, typer",
+            "minids/impl.py": "def kernels():\n    import minids_kernels",
+        },
+    )
+    assert list(kernels_import_torch_and_triton_alone(tmp_path)) == []
+    assert list(kernels_are_imported_in_one_place(tmp_path)) == []
+
+
+def unlike(reference: Callable, wrapper: Callable) -> str | None:
+    """Return what is wrong if a wrapper cannot be called as its reference is, and mean the same.
+
+    Further parameters may follow if they have defaults; `impl` chose between the two.
+    """
+    asked, got = (list(inspect.signature(f).parameters.values()) for f in (reference, wrapper))
+    asked = [parameter for parameter in asked if parameter.name != "impl"]
+    for mine, theirs in zip(got, asked, strict=False):
+        if (mine.name, mine.kind, mine.default) != (theirs.name, theirs.kind, theirs.default):
+            return f"{mine} stands where the reference has {theirs}"
+    if len(got) < len(asked):
+        return f"{asked[len(got)]} is missing"
+    needed = [str(extra) for extra in got[len(asked) :] if extra.default is extra.empty]
+    return f"{needed} have no default" if needed else None
+
+
+def test_wrappers_have_the_signatures_of_their_references():
+    """A kernel takes its reference's place without a word."""
+    kernels = pytest.importorskip("minids_kernels", reason="NOT RUN: Triton is not installed here")
+    from minids import fp8
+    from minids.formats import groups
+
+    wrappers = {
+        name: getattr(kernels, name)
+        for name in kernels.__all__
+        if inspect.isfunction(getattr(kernels, name)) and name not in NO_REFERENCE
+    }
+    del wrappers["interpreted"]  # a question, no kernel
+    assert set(wrappers) == {"dequantise", "quantise", "scaled_matmul"}
+    for name, wrapper in wrappers.items():
+        reference = getattr(groups, name, None) or getattr(fp8, name)
+        assert unlike(reference, wrapper) is None, name
+    assert set(NO_REFERENCE) <= set(kernels.__all__)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "words"),
+    [
+        (lambda x, size=2, *, out=None: x, None),
+        (lambda x, size=2: x, None),
+        (lambda x, n=2: x, "n=2 stands where"),
+        (lambda x, size=3: x, "size=3 stands where"),
+        (lambda x, *, size=2: x, "size=2 stands where"),
+        (lambda x: x, "size=2 is missing"),
+        (lambda x, size=2, *, out: x, "'out'] have no default"),
+    ],
+)
+def test_unlike_sees_what_differs(wrapper, words):
+    found = unlike(lambda x, size=2, impl=None: x, wrapper)
+    assert found == words if words is None else words in (found or "")
