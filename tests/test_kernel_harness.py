@@ -9,6 +9,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -818,3 +819,71 @@ def test_planted_bugs_are_caught(tmp_path, device):
             assert_caught(module, check, "i < n", "i <= n")
         with pytest.raises(AssertionError, match=r"0 times '4 \* ', not once"):
             assert_caught(module, check, "4 * ", "5 * ")
+
+
+# What a card can do
+
+
+@pytest.fixture
+def as_compiled(monkeypatch):
+    """Let wrappers see what they see without the interpreter."""
+    monkeypatch.setattr(cards, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+
+class OnCard(NamedTuple):
+    """As much of a tensor as `cards.card` looks at."""
+
+    device: torch.device
+
+
+def test_a_card_is_asked_for_what_it_can_do(as_compiled, monkeypatch):
+    found = cards.Card("NVIDIA H100", (9, 0), 132, 232448)
+    monkeypatch.setattr(cards, "_properties", lambda device: found)
+    assert cards.card("quantise", OnCard(torch.device("cuda", 0))) is found
+    assert found.fp8
+    assert [found._replace(capability=c).fp8 for c in ((8, 0), (8, 6), (8, 9), (12, 0))] == [
+        False, False, True, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("devices", "capability", "words"),
+    [
+        (["cpu"], (9, 0), "quantise runs on an NVIDIA GPU, got a tensor on cpu: .* impl='torch'"),
+        (["cuda:0", "cpu"], (9, 0), "quantise: all tensors must be on one GPU, got cpu and cuda:0"),
+        (["cuda:0", "cuda:1"], (9, 0), "quantise: all tensors must be on one GPU"),
+        (["cuda:0"], (7, 5), r"quantise needs .* 8.0 \(Ampere\) or newer, got Old card with 7.5: "),
+    ],
+)
+def test_what_a_card_cannot_do_is_said(devices, capability, words, as_compiled, monkeypatch):
+    monkeypatch.setattr(
+        cards, "_properties", lambda device: cards.Card("Old card", capability, 1, 1)
+    )
+    with pytest.raises(RuntimeError, match=words):
+        cards.card("quantise", *(OnCard(torch.device(device)) for device in devices))
+
+
+def test_cards_of_amd_are_refused(as_compiled, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(RuntimeError, match="NVIDIA"):
+        cards.card("quantise", OnCard(torch.device("cuda", 0)))
+
+
+@only_interpreted
+def test_the_interpreter_is_a_card_of_few_multiprocessors():
+    assert cards.card("quantise", torch.empty(1)) is cards.INTERPRETER
+    assert cards.INTERPRETER.n_sm == 3
+    assert cards.INTERPRETER.fp8
+    with pytest.raises(RuntimeError, match="got a tensor on meta"):
+        cards.card("quantise", torch.empty(1, device="meta"))
+
+
+@pytest.mark.gpu
+def test_this_card_is_described_as_torch_sees_it():
+    found = cards.card("quantise", torch.empty(1, device="cuda"))
+    assert found.capability == torch.cuda.get_device_capability()
+    assert found.name == torch.cuda.get_device_name()
+    model = CARDS.get(found.capability)
+    if model is not None:  # what ring 2 compiles for
+        assert found.shared_bytes == model.shared_bytes
