@@ -70,15 +70,16 @@ _OF_REGISTERS = CANDIDATES[-1]  # where each warp multiplies out of registers
 def rule_of_thumb(M: int, N: int, K: int, b_group: int, card: Card) -> Prefill:
     """Return the config that leaves the least of the card idle in its last round of tiles.
 
-    A tile costs its products and, beside them, what its parts move through shared memory.
+    A tile costs its products and, beside them, the bytes that it reads from the L2 cache and that
+    its parts read from shared memory. How they are weighed was counted, not timed.
     """
 
     def time(config: Prefill) -> float:
         width = config.PARTS * config.BLOCK_N
         tiles = ceil_div(M, config.BLOCK_M) * ceil_div(N, width)
         rounds = ceil_div(tiles, card.n_sm * config.programs)
-        moved = 1 + 16 / config.BLOCK_M + 16 / config.BLOCK_N
-        return rounds * config.programs * config.BLOCK_M * width * moved
+        read = 64 / config.BLOCK_M + 64 / width + 16 / config.BLOCK_N
+        return rounds * config.programs * config.BLOCK_M * width * (1 + read)
 
     if not by_four_warps(card):
         return _OF_REGISTERS
