@@ -5,6 +5,9 @@ Rings: 1 Triton's interpreter, 2 the compiler without a GPU, 3 a GPU (`-m gpu`),
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -887,3 +890,34 @@ def test_this_card_is_described_as_torch_sees_it():
     model = CARDS.get(found.capability)
     if model is not None:  # what ring 2 compiles for
         assert found.shared_bytes == model.shared_bytes
+
+
+# The three machines that tests run on
+
+
+def run_tests(before: str, *options: str) -> str:
+    """Run pytest on this file in another process, after some Python; return what it printed."""
+    program = f"import sys, pytest\n{before}\nsys.exit(pytest.main(sys.argv[1:]))"
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
+    command = [sys.executable, "-c", program, "-o", "addopts=-ra", "-p", "no:cacheprovider", "-q"]
+    done = subprocess.run(
+        [*command, *options, __file__], env=environment, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_without_triton_a_skip_says_so():
+    printed = run_tests("sys.modules['triton'] = None")
+    assert "NOT RUN: Triton is not installed here" in printed
+    assert printed.rstrip().splitlines()[-1].startswith("1 skipped")
+
+
+@pytest.mark.slow
+def test_on_a_gpu_tests_of_the_device_are_chosen_by_its_mark():
+    gpu = "import os, torch\ntorch.cuda.is_available = lambda: True"
+    chosen = run_tests(gpu, "-m", "gpu", "--collect-only")
+    assert "::test_casts_are_torchs[" in chosen
+    assert "::test_this_card_is_described" in chosen
+    assert "::test_programs_on_an_sm[" not in chosen
