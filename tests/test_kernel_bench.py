@@ -49,9 +49,9 @@ ROUNDING = 3e-7  # FP32 sums of 256 products in another order, relative norm
 SMALL = (Weight("o", 136, 256), Weight("kv", 130, 128))  # of the second torch needs whole blocks
 TINY = {
     "ceilings": partial(ceilings.cases, 2**10, 64),
-    "quantise": partial(quantise.cases, (256, 128), (128, 384), (256, 256)),
+    "quantise": partial(quantise.cases, (128, 128), (3, 256), (128, 256)),
     "decode": partial(decode.cases, tokens=(1, 16), weights=SMALL),
-    "wgrad": partial(wgrad.cases, 256, (Weight("o", 128, 144),)),
+    "wgrad": partial(wgrad.cases, tokens=256, weights=(Weight("o", 128, 144),)),
     "gemm": partial(gemm.cases, tokens=(2, 130), weights=SMALL),
 }
 STAMP = {"gpu": "a card", "date": "2026-01-02T03:04:05+00:00", "commit": "c0ffee", "torch": "2",
@@ -263,6 +263,17 @@ def test_every_job_runs(stand_ins):
     assert all(row["percent_of_ceiling"] > 0 for row in saved["rows"] if row["job"] != "ceilings")
 
 
+@pytest.mark.parametrize("job", [job for job in TINY if job != "ceilings"])
+def test_every_job_runs_with_the_kernels(job, device, interpreter, monkeypatch):
+    """Interpreted without a GPU; with one, the kernels and all peers that are there, untimed."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    found = run_all({job: TINY[job]}, bench(device=device))
+    assert not found.wrong
+    for row in found.rows:
+        assert row.ours.us == 50
+        assert row.ours.note == ("bit-equal" if job == "quantise" else "")
+
+
 def test_ceilings_go_first_and_later_rows_know_them(stand_ins):
     place = bench(40.0)
     found = run_all({"gemm": TINY["gemm"], "ceilings": TINY["ceilings"]}, place)
@@ -384,7 +395,7 @@ def test_a_code_or_a_scale_beside_the_right_one_is_seen(stand_ins, monkeypatch):
             return y._replace(**{part: number})
 
         monkeypatch.setattr(kernels, "quantise", nearly)
-        case = next(c for c in TINY["quantise"]() if c.name.startswith("1x128, 128"))
+        case = next(c for c in TINY["quantise"]() if c.name.startswith("1x128, 3 x"))
         row = measure(case, bench(), 1e9, Rates())
         assert row.ours.note == text
         assert not row.ours.right
@@ -1021,6 +1032,26 @@ def test_the_tuner_writes_the_table_a_row_a_line(kernel, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["configs.json"]
     tune.save(tune.Tuning(STAMP, []), table, folder)
     assert table.read_text() == "[]\n" == configs.FILE.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+def test_the_tuner_tries_every_candidate_of_every_kernel(device):
+    """It would note a wrong one and go on."""
+    every = quantise.cases((128, 128), (1, 128), (128, 128))
+    names = ("1x128 to 128x1", "1x128, 1 x", "1x128 and 128x1", "128x128 to BF16")
+    cases = [case for case in every if case.name.startswith(names)]
+    cases += [next(TINY[job](weights=SMALL[1:])) for job in ("wgrad", "decode")]
+    tuning = tune.Tuning(STAMP, [])
+    assert len(list(tune.tune(cases, bench(device=device), tuning))) == len(cases)
+    tried = {each["kernel"] for each in tuning.tries}
+    assert {kernel.split(".")[0] for kernel in tried} == {kernel.file for kernel in readme.LISTED}
+    for name in tried:
+        listed = [config._asdict() for config in configs.candidates(name)]
+        assert all(config in [each["config"] for each in tuning.tries] for config in listed)
+    wrong = [each for each in tuning.tries if not each["right"]]
+    assert not wrong
+    assert not tuning.rows  # all take the same time here
 
 
 # the page
