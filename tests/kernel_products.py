@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 from kernel_inputs import poison, poisoned_memory
-from minids.formats.groups import Scaled, quantise
 from minids_kernels import cards, configs, fp8_matmul
 from torch import Tensor
+
+from minids.formats.groups import Scaled, quantise
 
 # the widths of V3's products, N x K: of the forward pass, and of weight gradients (K: tokens)
 WEIGHTS = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (36864, 7168), (7168, 18432),
@@ -49,8 +50,8 @@ def draw(rows: int, k: int, group: int, device: str = "cpu", seed: int = 0) -> S
 def among_nan(x: Scaled) -> Scaled:
     """Return the same matrix with NaN codes behind its rows, NaN around its scales."""
     rows, cols = x.values.shape
-    values = poison(torch.empty(rows + 8, cols + -cols % 16 + 16, dtype=x.values.dtype))
-    values = values.to(x.values.device)[4 : rows + 4, :cols]
+    size, device = (rows + 8, cols + -cols % 16 + 16), x.values.device
+    values = poison(torch.empty(size, dtype=x.values.dtype, device=device))[4 : rows + 4, :cols]
     values.view(torch.uint8).copy_(x.values.view(torch.uint8))
     groups, along = x.scale.shape
     scale = torch.full((along + 2, groups + 4), torch.nan, device=x.scale.device)

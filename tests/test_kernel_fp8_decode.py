@@ -9,15 +9,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import bitwise_equal, laid_out, lengths, mutated, poisoned
 from kernel_products import (
-    COSINE, GROUPS, ON_A_CARD, QUANTISED, ROUNDED, WEIGHTS, Wanted, among_nan, draw, error, every,
-    exact, on_meta, product, tolerance, unlike, using,
+    COSINE,
+    GROUPS,
+    ON_A_CARD,
+    QUANTISED,
+    ROUNDED,
+    WEIGHTS,
+    Wanted,
+    among_nan,
+    draw,
+    error,
+    exact,
+    on_meta,
+    product,
+    tolerance,
+    unlike,
+    using,
 )  # fmt: skip
-from minids import fp8
-from minids.formats.groups import Scaled, quantise
 from minids_kernels import cards, configs, fp8_decode, fp8_matmul
 from minids_kernels.cards import Card
 from minids_kernels.fp8_decode import CANDIDATES, Decode, most_tokens, rule_of_thumb
 from minids_kernels.fp8_matmul import DTYPES, scaled_matmul
+
+from minids import fp8
+from minids.formats.groups import Scaled, quantise
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -234,9 +249,10 @@ def test_planted_bug_is_seen(bug, device, monkeypatch):
     if bug is None:
         check()
         return
-    with mutated(fp8_decode, *BUGS[bug]) as copy, pytest.raises(AssertionError):
+    with mutated(fp8_decode, *BUGS[bug]) as copy:
         monkeypatch.setattr(fp8_matmul, "fp8_decode", copy)
-        check()
+        with pytest.raises(AssertionError):
+            check()
 
 
 # Ring 2: what the compiler makes of it
@@ -254,19 +270,24 @@ def _call(m: int, groups: tuple[int, int], config: Decode | None = None, k: int 
 
 
 def _calls():
-    """Yield every tile with every width that tokens are padded to.
+    """Yield every tile with the widths that tokens are padded to, and loops over splits.
 
-    What the compiler sees of V3's sizes is whether 16 divides K / 128, a stride of the scales.
-    SPLITS is a number for the kernel of the product, and the length of a loop for the second one.
+    What the compiler sees of V3's sizes is whether 16 divides K / 128, a stride of the scales. To
+    the kernel of the product SPLITS is a number like any other.
     """
-    for config in TILES:
-        for m in (1, 16, 32, 64, 128):
-            if m <= 64 or config.BLOCK_N != 64:
-                yield config, _call(m, (1, 128), config)
-        yield config, _call(16, (1, 128), config, k=16384)
-        yield config, _call(64, (1, 1), config)
-    for config in CANDIDATES[: len(CANDIDATES) // len(TILES)]:
-        yield config, _call(1, (1, 128), config)
+    few, shallow, many, of_registers = (tile._replace(SPLITS=1) for tile in TILES)
+    for config, widths in (
+        (few, (1, 17, 64)),
+        (shallow, (64,)),
+        (many, (64, 128)),
+        (of_registers, (1, 64)),
+    ):
+        for m in widths:
+            yield config, _call(m, (1, 128), config)
+        yield config, _call(widths[-1], (1, 1), config, k=16384)
+    for config in CANDIDATES[1 : len(CANDIDATES) // len(TILES)]:
+        if config.SPLITS in (2, 16):
+            yield config, _call(1, (1, 128), config)
 
 
 @pytest.mark.slow
@@ -292,7 +313,7 @@ def test_hopper_runs_every_candidate_from_registers():
 @pytest.mark.parametrize("capability", [key for key in CARDS if key != HOPPER], ids=str)
 def test_other_cards_compile(capability):
     """It fits, and nothing that was spilled is read in the loop."""
-    calls = [_call(m, groups, k=2048) for m in (1, 64) for groups in ((1, 128), (1, 1))]
+    calls = [_call(1, (1, 1)), _call(64, (1, 128))]
     for kernel, *_ in compile_calls("test_kernel_fp8_decode", "launch", calls, capability):
         found = kernel.instructions
         assert not found.get("LDL"), kernel  # sm_120 keeps 8 bytes on the stack and never looks
@@ -325,18 +346,23 @@ def test_v3_shapes_on_a_card(weight):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "config", every(KERNEL), ids=lambda x: "x".join(map(str, x.config.values()))
-)
+@pytest.mark.parametrize("config", CANDIDATES, ids=str)
 def test_every_candidate_on_a_card(config):
+    a, b = draw(33, 2200, 1, "cuda"), draw(2111, 2200, 128, "cuda", seed=1)
+    with using(wanted(config)):
+        close_on_a_card(product()(a, b, torch.bfloat16), a, b)
+        out = torch.ones(33, 2111, device="cuda")
+        close_on_a_card(scaled_matmul(a, b, out=out) - 1, a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", TILES, ids=str)
+def test_every_tile_in_every_group_on_a_card(config):
     for groups in GROUPS:
-        for m in (7, 33, 64, 101) if config.config["BLOCK_N"] != 32 else (7, 33, 64):
+        for m in (7, 64) if config.BLOCK_N != 128 else (64, 101):
             a, b = draw(m, 2200, groups[0], "cuda"), draw(2111, 2200, groups[1], "cuda", seed=1)
-            with using(config):
-                for dtype in DTYPES:
-                    close_on_a_card(product()(a, b, dtype), a, b)
-                out = torch.ones(m, 2111, device="cuda")
-                close_on_a_card(scaled_matmul(a, b, out=out) - 1, a, b)
+            with using(wanted(config)):
+                close_on_a_card(product()(a, b, torch.float16), a, b)
 
 
 @pytest.mark.gpu

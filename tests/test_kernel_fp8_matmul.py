@@ -11,17 +11,43 @@ import triton.language as tl
 from compiled import CARDS, HOPPER, compile_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import LAYOUTS, SPECIAL, assert_caught, bitwise_equal, laid_out, lengths
-from kernel_inputs import mutated, poisoned, special
+from kernel_inputs import (
+    LAYOUTS,
+    SPECIAL,
+    assert_caught,
+    bitwise_equal,
+    laid_out,
+    lengths,
+    mutated,
+    poisoned,
+    special,
+)
 from kernel_products import (
-    COSINE, GRADIENTS, GROUPS, ON_A_CARD, QUANTISED, ROUNDED, WEIGHTS, Wanted, among_nan, draw,
-    error, every, exact, on_meta, product, tolerance, unlike, using,
+    COSINE,
+    GRADIENTS,
+    GROUPS,
+    ON_A_CARD,
+    QUANTISED,
+    ROUNDED,
+    WEIGHTS,
+    Wanted,
+    among_nan,
+    draw,
+    error,
+    every,
+    exact,
+    on_meta,
+    product,
+    tolerance,
+    unlike,
+    using,
 )  # fmt: skip
-from minids import fp8
-from minids.formats.groups import Scaled, quantise
 from minids_kernels import cards, fp8_decode, fp8_matmul, tiles
 from minids_kernels.cards import Card
 from minids_kernels.fp8_matmul import CANDIDATES, DTYPES, rule_of_thumb, scaled_matmul
+
+from minids import fp8
+from minids.formats.groups import Scaled, quantise
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -244,9 +270,9 @@ def test_rule_of_thumb_knows_every_shape(b_group, capability):
 
 
 def test_rule_of_thumb_counts_rounds():
-    """4096 x 2112 on 132 multiprocessors: 544 squares take 5 rounds, 352 tiles half as wide again 3.
+    """4096 x 2112 on 132 multiprocessors: 544 squares take 5 rounds, 352 tiles of 192 columns 3.
 
-    4096 x 7168: 1792 squares nearly fill 14 rounds, 1216 of the others leave most of a tenth idle.
+    4096 x 7168: 1792 squares nearly fill 14 rounds, 1216 wide tiles leave much of the tenth idle.
     """
     model = CARDS[HOPPER]
     card = Card(model.name, HOPPER, model.n_sm, model.shared_bytes)
@@ -428,10 +454,13 @@ def test_every_candidate_on_a_card(config, groups):
     """A ragged shape of many rounds; what overflows registers is slow, not wrong."""
     a, b = draw(3001, 1100, groups[0], "cuda"), draw(2111, 1100, groups[1], "cuda", seed=1)
     with using(config):
-        for dtype in DTYPES:
+        for dtype in DTYPES if groups == (1, 128) else [torch.bfloat16]:
             close_on_a_card(product()(a, b, dtype), a, b)
-        out = torch.ones(3001, 2111, device="cuda")
-        close_on_a_card(scaled_matmul(a, b, out=out) - 1, a, b)
+            whole = Scaled(b.values[:2048], b.scale[: 2048 // b.group[0]], b.group)
+            close_on_a_card(product()(a, whole, dtype), a, whole)  # stored through a descriptor
+        if groups == (1, 1):
+            out = torch.ones(3001, 2111, device="cuda")
+            close_on_a_card(scaled_matmul(a, b, out=out) - 1, a, b)
 
 
 @pytest.mark.gpu
@@ -439,6 +468,15 @@ def test_every_candidate_on_a_card(config, groups):
 def test_twenty_runs_on_a_card_are_bitwise_equal(groups):
     a, b = draw(4096, 7168, groups[0], "cuda"), draw(2112, 7168, groups[1], "cuda", seed=1)
     bitwise_equal(partial(scaled_matmul, a, b), times=20)
+
+
+@pytest.mark.gpu
+def test_a_row_is_the_same_in_every_batch_of_a_config_on_a_card():
+    a, b = draw(1000, 7168, 1, "cuda"), draw(2112, 7168, 128, "cuda", seed=1)
+    part = Scaled(a.values[77:300], a.scale[77:300], a.group)
+    for config in CONFIGS:
+        with using(config):
+            assert torch.equal(scaled_matmul(part, b), scaled_matmul(a, b)[77:300])
 
 
 @pytest.mark.gpu
@@ -472,9 +510,10 @@ def test_chain_without_promotion_is_seen_on_a_card():
 
 
 @pytest.mark.gpu
-def test_output_beyond_two_to_the_31_on_a_card():
-    """65664 x 32768 numbers: the last rows lie 2^31 numbers and more from the first."""
-    m, n = 65664, 32768
+@pytest.mark.parametrize("n", [32768, 32767])  # stored by descriptor, and by pointers
+def test_output_beyond_two_to_the_31_on_a_card(n):
+    """The last of 65664 rows lie 2^31 numbers and more from the first."""
+    m = 65664
     if torch.cuda.mem_get_info()[0] < 2 * prod((m, n)) + 2**30:
         pytest.skip("NOT RUN: too little memory for 2^31 numbers in BF16")
     a, b = draw(m, 128, 1, "cuda"), draw(n, 128, 128, "cuda", seed=1)
