@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import fp8_loop
 import pytest
@@ -146,6 +147,15 @@ def test_gated_linear_by_kernels_equals_the_loop(name, tokens, i, o, device, tol
         assert gap(one, other) <= tolerance
 
 
+def test_small_inputs_share_the_scale_of_the_floor_and_gradients_do_not(device, tolerance):
+    how, roles = RECIPES["most"]
+    x, w, dy = draw(5, 130).detach() * 1e-9, draw(8, 130), draw(5, 8).detach() * 1e-9
+    how = how._replace(impl="triton")
+    ours = three(lambda x, w: fp8.linear(x, w, how), x, w, dy=dy, device=device)
+    for one, loop in zip(ours, fp8_loop.linear(*to_numpy(x, w, dy), roles), strict=True):
+        assert gap(one, loop) <= tolerance
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_inputs_have_narrow_outputs_and_gradients(dtype, device, interpreter):
     how, roles = RECIPES["most"][0]._replace(impl="triton"), RECIPES["most"][1]
@@ -213,3 +223,29 @@ def test_steps_under_autocast_on_a_gpu():
             log[impl].append(loss.item())
     assert log["triton"][-1] < 0.9 * log["triton"][0]
     assert log["triton"] == pytest.approx(log["torch"], rel=0.02)
+
+
+CALLS = {  # of the kernels, in the forward and backward pass of one layer
+    "linear": dict(quantise=1, quantise_twice=2, requantise=1, scaled_matmul=3),
+    # gate and up are kept in FP8; their product is made again in backward
+    "gated_linear": dict(quantise=4, quantise_twice=2, dequantise=2, scaled_matmul=3),
+}
+
+
+@pytest.mark.parametrize("layer", CALLS)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_who_was_asked_computes(layer, impl, device, interpreter, monkeypatch):
+    """A layer that quietly fell back to torch would pass every comparison with torch."""
+    calls = Counter()
+    for name in ("quantise", "quantise_twice", "requantise", "dequantise", "scaled_matmul"):
+        call = getattr(minids_kernels, name)
+
+        def spy(*given, name=name, call=call):
+            calls[name] += 1
+            return call(*given)
+
+        monkeypatch.setattr(minids_kernels, name, spy)
+    inputs = (draw(5, 8), draw(3, 8)) if layer == "linear" else (draw(5, 8), draw(5, 8), draw(3, 8))
+    how = fp8.Recipe(impl=impl)
+    three(lambda *x: getattr(fp8, layer)(*x, how), *inputs, dy=draw(5, 3), device=device)
+    assert calls == (CALLS[layer] if impl == "triton" else {})
