@@ -89,7 +89,7 @@ def compiled(function: Any, settings: tuple, *inputs: Any) -> Call:
 
 
 def _compiled(function: Any, *given: Any) -> Call:
-    torch.compiler.reset()  # each shape on its own: no sizes that stay open
+    """Return a call of the compiled function; torch compiles once for all inputs of a shape."""
     run = torch.compile(function, dynamic=False)
     return lambda: run(*given)
 

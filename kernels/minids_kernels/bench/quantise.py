@@ -17,6 +17,7 @@ from minids_kernels.bench.shapes import TOKENS
 
 JOB = "quantise"
 GOALS = (Goal("percent_of_copy", 90),)
+COMPILED = ((TILE,), (BLOCK,))  # compiling takes seconds: not for the others
 
 Size = tuple[int, int]
 
@@ -39,9 +40,10 @@ def _quantised(name: str, size: Size, by: tuple[Size, ...]) -> Case:
     call = "quantise" if len(by) == 1 else "quantise_twice"
     reference = getattr(groups, call)
     sides: dict[str, Prepare] = {OURS: lambda x: partial(getattr(kernels, call), x, *by)}
-    if by in ((TILE,), (BLOCK,)):
+    if len(by) == 1:
         sides[peers.TORCHAO] = partial(peers.torchao_quantise, by[0])
-    sides[peers.COMPILED] = partial(peers.compiled, reference, by)
+    if by in COMPILED:
+        sides[peers.COMPILED] = partial(peers.compiled, reference, by)
     work = quantisation(*size, *by)
     return _case(name, size, work, partial(_numbers, size), sides, lambda x: reference(x, *by))
 
@@ -50,10 +52,7 @@ def _requantised(name: str, size: Size) -> Case:
     """Group what forward stored by tiles again by columns, for the weight's gradient."""
     work = quantisation(*size, COLUMN, read_bytes=1)
     scales = quantisation(*size, TILE, read_bytes=0, write_bytes=0)  # read too
-    sides: dict[str, Prepare] = {
-        OURS: lambda x: partial(kernels.requantise, x, COLUMN),
-        peers.COMPILED: partial(peers.compiled, groups.requantise, (COLUMN,)),
-    }
+    sides: dict[str, Prepare] = {OURS: lambda x: partial(kernels.requantise, x, COLUMN)}
     work = Work(work.moved_bytes + scales.moved_bytes)
     return _case(name, size, work, partial(_codes, size, TILE), sides,
                  lambda x: groups.requantise(x, COLUMN))  # fmt: skip

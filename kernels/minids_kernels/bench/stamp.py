@@ -44,7 +44,7 @@ def clocks() -> dict[str, str]:
     """Ask nvidia-smi, which changes nothing, for driver, clocks and power; "unknown" without it."""
     properties = torch.cuda.get_device_properties()
     query = ["nvidia-smi", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader"]
-    text = _output([*query, f"--id=GPU-{properties.uuid}"])
+    text = _output([*query, f"--id=GPU-{properties.uuid}"]) or _output(query)  # of an only card
     fields = [part.strip() for part in text.split(",")]
     if len(fields) != len(_CLOCKS):
         return dict.fromkeys(_CLOCKS, UNKNOWN)
