@@ -14,6 +14,7 @@ _HALF_AN_ULP = tl.constexpr(0x7FFFF)  # of E4M3, in the 20 digits of FP32 that i
 _BIAS = tl.constexpr((127 - 7) << 3)
 _INFINITY = tl.constexpr(0x7F800000)  # bits of FP32; those of NaN are larger
 _448TH = tl.constexpr(1 / 448)
+_LEAST_RECIPROCAL = tl.constexpr(0.5 + 2**-24)  # of the last number before 2
 _SUBNORMAL_ULPS = tl.constexpr(16384.0)  # FP32 numbers around 2^14 lie 2^-9 apart
 
 
@@ -84,11 +85,11 @@ def scale_of(largest, least, UE8M0: tl.constexpr):
 
 @triton.jit
 def reciprocal(m):
-    """Return 1 / m for m in [1, 2), rounded to nearest, or 2^-24 off for the last m, 2 - 2^-23."""
-    y = tl.fma(m, tl.fma(m, 0.3232, -1.4545), 2.1212)  # 1 % off
+    """Return 1 / m rounded to nearest, for m in [1, 2): a parabola, 1 % off, and Newton's steps."""
+    y = tl.fma(m, tl.fma(m, 0.3232, -1.4545), 2.1212)
     for _ in tl.static_range(3):
         y = tl.fma(y, tl.fma(-m, y, 1.0), y)
-    return y
+    return tl.maximum(y, _LEAST_RECIPROCAL)  # of the last m alone, Newton's is 0.5
 
 
 @triton.jit
