@@ -61,6 +61,9 @@ GPU_PY ?= python3
 GPU_TESTS := tests/test_fp8.py $(wildcard tests/test_kernel_*.py)
 
 gpu:  ## test and time the kernels on this machine's NVIDIA GPU: OUT=folder for the results
+	@$(GPU_PY) -c "import pytest, torch, triton, typer" 2>/dev/null || { \
+	  echo "$(GPU_PY) lacks torch, triton, pytest or typer: GPU_PY=... names another Python" >&2; \
+	  exit 1; }
 	@mkdir -p "$(OUT)"; export PYTHONPATH=.:kernels; status=0; \
 	timeout -s INT -k 20 210 $(GPU_PY) -m pytest -m gpu $(GPU_TESTS) -o addopts=-ra -W default \
 	  -p no:cacheprovider --junitxml="$(OUT)/gpu-tests.xml" > "$(OUT)/gpu-tests.log" 2>&1 || status=1; \

@@ -314,6 +314,18 @@ def test_inputs_rotate_through_more_than_caches_hold():
     assert len(draw(case, bench())) == 1
 
 
+def test_the_best_peer_is_fast_and_near_the_right_result():
+    sides = {OURS: Side(us=4.0), "slow": Side(us=9.0), "bf16": Side(us=6.0, error=2.9e-3),
+             "wrong": Side(us=1.0, error=0.5), "none": Side()}  # fmt: skip
+    row = Row("", "", Work(1), sides, Rates(), Rates(), ())
+    assert report.best_peer(row) == ("bf16", 1.5)
+    assert report.best_peer(Row("", "", Work(1), {OURS: Side(us=4.0)}, H100, H100, ())) == (
+        "",
+        None,
+    )
+    assert "| 1.0 ± – (0.25, 5.0e-01) |" in report.job_table([row])
+
+
 # what goes wrong is said
 
 
@@ -381,7 +393,7 @@ def test_wrong_products_are_seen(job, mistake, stand_ins, monkeypatch):
     monkeypatch.setattr(kernels, "scaled_matmul", MISTAKES[mistake])
     cases = TINY["gemm"](tokens=(130,)) if job == "gemm" else TINY["wgrad"]()
     row = measure(next(cases), bench(), 1e9, Rates())
-    assert "WRONG" in row.ours.note
+    assert re.fullmatch(r"error \S+, more than \S+", row.ours.note)
     assert not row.ours.right
 
 
@@ -516,10 +528,10 @@ def test_files_are_there_after_each_case(tmp_path):
 
 
 def test_wrong_results_make_the_exit_code_1(tmp_path, capsys):
-    verdict = Verdict("WRONG: error 1", False, 1.0)
+    verdict = Verdict("error 1", False, 1.0)
     case = case_of(ours=same, check=lambda result, x: verdict)
     assert command.follow({"job": [case]}, bench(), Report(STAMP), tmp_path) == 1
-    assert "WRONG: job: a case: WRONG: error 1" in capsys.readouterr().err
+    assert "WRONG: job: a case: error 1" in capsys.readouterr().err
     assert "WRONG: error 1" in (tmp_path / "bench.md").read_text()
 
 
@@ -1083,7 +1095,8 @@ def test_the_page_has_the_latest_row_of_each_kernel_and_card(stand_ins, tmp_path
         for job in jobs:
             for case in chosen[job]:
                 ours = Side(us, 1.0, [us, us], 6, True, None, "bit-equal")
-                sides = {OURS: ours, "slow": Side(3 * us), "fast": Side(2 * us), "none": Side()}
+                sides = {OURS: ours, "slow": Side(3 * us), "fast": Side(2 * us), "none": Side(),
+                         "wrong": Side(us / 9, error=0.5)}  # fmt: skip
                 rows.append(Row(job, case.name, case.work, sides, H100, Rates(), case.goals))
         return json.dumps(report.as_json(Report(STAMP | {"gpu": "NVIDIA H100"}, rows)))
 
@@ -1116,6 +1129,12 @@ def test_what_the_page_links_to_exists():
         assert hasattr(__import__(f"minids.{module}", fromlist=["_"]), function)
 
 
+def test_results_say_that_there_are_none_while_there_are_none():
+    text = (readme.RESULTS / "README.md").read_text(encoding="utf-8")
+    measured = [path for path in readme.RESULTS.iterdir() if path.is_dir()]
+    assert ("nothing has been measured" in text) == (not measured)
+
+
 # make gpu
 
 
@@ -1131,6 +1150,15 @@ def test_make_gpu_ends_in_nine_minutes_with_four_files():
     files = set(re.findall(r'"a b/([^"]+)"', lines)) | {report.JSON, report.MARKDOWN}
     assert len(files) == 4
     assert "exit $status" in lines
+
+
+def test_make_gpu_says_what_a_python_lacks(tmp_path):
+    bare = f"GPU_PY={sys.executable} -S"
+    done = subprocess.run(["make", "gpu", bare, f"OUT={tmp_path / 'out'}"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode
+    assert "lacks torch, triton, pytest or typer: GPU_PY=... names another Python" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # on a GPU

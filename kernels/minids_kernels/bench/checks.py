@@ -31,7 +31,7 @@ def product(result: Tensor, a: Scaled, b: Scaled, total: Tensor | None = None) -
         found = found - total[rows].double()
     error = ((found - expected).norm() / expected.norm()).item()
     right = error <= limit  # False for NaN
-    return Verdict("" if right else f"WRONG: error {error:.1e} above {limit:.1e}", right, error)
+    return Verdict("" if right else f"error {error:.1e}, more than {limit:.1e}", right, error)
 
 
 def exact(x: Scaled) -> Tensor:

@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 
 from minids_kernels.bench.floors import DATASHEETS
 from minids_kernels.bench.jobs import JOBS
-from minids_kernels.bench.report import HOW_TO_READ, JSON, MARKDOWN, NOTHING, number, table
+from minids_kernels.bench.report import (
+    HOW_TO_READ,
+    JSON,
+    MARKDOWN,
+    NOTHING,
+    PEER_ERROR,
+    number,
+    table,
+)
 
 KERNELS = Path(__file__).parents[2]
 README, RESULTS = KERNELS / "README.md", KERNELS / "results"
@@ -154,7 +162,8 @@ def _results(row: dict[str, Any]) -> list[str]:
     side = ours[1]
     if side["us"] is None or not side["right"]:
         return [f"no result: {side['note']}", number(row["floor_us"]), *[NOTHING] * 4, row["run"]]
-    timed = [(other["us"], name) for name, other in peers if other["us"] is not None]
+    near = [(name, other) for name, other in peers if (other["error"] or 0.0) <= PEER_ERROR]
+    timed = [(other["us"], name) for name, other in near if other["us"] is not None]
     peer = NOTHING
     if timed:
         us, name = min(timed)

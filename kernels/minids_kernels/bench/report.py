@@ -13,6 +13,7 @@ from minids_kernels.bench.run import Report
 FORMAT = 1  # of bench.json
 JSON, MARKDOWN = "bench.json", "bench.md"
 NOTHING = "–"
+PEER_ERROR = 1e-2  # of a peer that counts: BF16 products round their operands too, to 2.9e-3
 HOW_TO_READ = """\
 Times are medians, ± the 80th less the 20th percentile of all repeats, each side timed twice, on
 random numbers, caches cold, clocks warm. The floor is the least time by the card's datasheet; the
@@ -68,7 +69,7 @@ def job_table(rows: list[Row]) -> str:
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
     measured = "torch µs" if rows[0].job == ceilings.JOB else "minids µs"
     head = ["case", measured, "floor µs", "bound", "% of floor", "% of ceiling", "TFLOP/s", "TB/s",
-            "check", "goals", *(f"{name} µs (ratio)" for name in peers)]  # fmt: skip
+            "check", "goals", *(f"{name} µs (ratio, error)" for name in peers)]  # fmt: skip
     return table(head, [_cells(row, peers) for row in rows])
 
 
@@ -87,9 +88,9 @@ def _peer(row: Row, name: str) -> str:
     side = row.sides.get(name, Side())
     if side.us is None:
         return NOTHING
-    ratio = row.ratio(name)
-    found = f"{time(side)} ({number(ratio, 2)})"
-    return found if side.right else f"{found}, {side.note}"
+    about = [number(row.ratio(name), 2), *([] if side.error is None else [f"{side.error:.1e}"])]
+    found = f"{time(side)} ({', '.join(about)})"
+    return found if side.right or side.error is not None else f"{found}, {side.note}"
 
 
 def missing_lines(report: Report) -> list[str]:
@@ -136,11 +137,12 @@ def terminal(report: Report) -> str:
 
 
 def best_peer(row: Row) -> tuple[str, float | None]:
-    """Return the fastest peer that was right, and its time over ours."""
-    timed = {name: side.us for name, side in row.peers.items() if side.us is not None}
+    """Return the fastest peer whose result is near the right one, and its time over ours."""
+    sides = {name: side for name, side in row.peers.items() if (side.error or 0.0) <= PEER_ERROR}
+    timed = [(side.us, name) for name, side in sides.items() if side.us is not None]
     if not timed:
         return "", None
-    name = min(timed, key=lambda peer: timed[peer])
+    _, name = min(timed)
     return name, row.ratio(name)
 
 
@@ -148,7 +150,9 @@ def checked(side: Side) -> str:
     """Return how a result compares: its error, or what its check says."""
     if side.us is None:
         return "FAILED" if side.note else NOTHING
-    if not side.right or side.error is None:
+    if not side.right:
+        return f"WRONG: {side.note}"
+    if side.error is None:
         return side.note or NOTHING
     return f"{side.error:.1e}"
 

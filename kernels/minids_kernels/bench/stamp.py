@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def software(command: str) -> dict[str, Any]:
         "cuda": torch.version.cuda or UNKNOWN,
         "python": platform.python_version(),
         "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
     }
 

@@ -10,7 +10,7 @@ import minids_kernels as kernels
 from minids.formats import groups
 from minids.formats.groups import COLUMN, Scaled
 from minids_kernels.bench import checks, peers
-from minids_kernels.bench.case import OURS, Call, Case, Goal, Prepare
+from minids_kernels.bench.case import OURS, Case, Goal, Prepare
 from minids_kernels.bench.floors import weight_gradient
 from minids_kernels.bench.shapes import TOKENS, Weight
 
@@ -23,7 +23,7 @@ def cases(tokens: int = TOKENS, weights: tuple[Weight, ...] = LAYERS) -> Iterato
     """Yield the gradients of the two largest kinds of layer."""
     for weight in weights:
         sides: dict[str, Prepare] = {
-            OURS: _ours,
+            OURS: lambda a, b, total: partial(kernels.scaled_matmul, a, b, torch.float32, total),
             peers.SCALED_MM: peers.scaled_mm_added,
             peers.CUBLAS: peers.cublas_added,
             peers.TORCHAO: peers.torchao_added,
@@ -31,10 +31,6 @@ def cases(tokens: int = TOKENS, weights: tuple[Weight, ...] = LAYERS) -> Iterato
         name = f"{weight.name}, {weight.n} x {weight.k} over {tokens}"
         yield Case(JOB, name, weight_gradient(weight.n, weight.k, tokens),
                    partial(_operands, weight, tokens), sides, checks.product, GOALS)  # fmt: skip
-
-
-def _ours(a: Scaled, b: Scaled, total: Tensor) -> Call:
-    return partial(kernels.scaled_matmul, a, b, torch.float32, total)
 
 
 def _operands(weight: Weight, tokens: int, device: str) -> tuple[Scaled, Scaled, Tensor]:
