@@ -36,14 +36,14 @@ class Stream(NamedTuple):
     warps: int
 
 
-CANDIDATES = (Stream(16, 512, 8), Stream(8, 512, 4), Stream(32, 128, 4), Stream(1, 512, 2))
+CANDIDATES = (Stream(16, 512, 8), Stream(8, 512, 4), Stream(32, 128, 4), Stream(1, 1024, 2))
 
 
 def rule_of_thumb(M: int, K: int, card: Card) -> Stream:
-    """Return tiles of 32 numbers a thread, or of 8 where these would leave the card idle."""
+    """Return tiles of 32 numbers a thread, or of 16 where these would leave the card idle."""
     large = Stream(8, 512, 4)
     tiles = triton.cdiv(M, large.BLOCK_M) * triton.cdiv(K, large.BLOCK_K)
-    return large if tiles >= 4 * card.n_sm else Stream(1, 512, 2)
+    return large if tiles >= 4 * card.n_sm else Stream(1, 1024, 2)
 
 
 def dequantise(x: Scaled, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
