@@ -104,6 +104,7 @@ def test_output_is_rounded_once(dtype, n_splits, device):
     with using(splits(n_splits)):
         y, wide = product()(a, b, dtype), scaled_matmul(a, b)
     assert y.dtype == dtype
+    assert error(y, exact(a, b)) < tolerance(dtype)
     assert torch.equal(y, wide.to(dtype))
 
 

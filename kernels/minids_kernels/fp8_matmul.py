@@ -125,7 +125,7 @@ def prefill(
         for part in tl.static_range(PARTS):
             first = n + part * BLOCK_N
             if DESCRIBED:
-                out_desc.store([m, first], sums[part].to(out.dtype.element_ty))
+                out_desc.store([m, first], tl.cast(sums[part], out.dtype.element_ty))
             else:
                 put(out, sums[part], m, first, M, N, out_row, out_col, ADD)
 
