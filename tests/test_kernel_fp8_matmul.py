@@ -497,6 +497,8 @@ def test_graph_is_captured_and_replayed_with_other_numbers():
 @pytest.mark.gpu
 def test_chain_without_promotion_is_seen_on_a_card():
     """One accumulator for all of K, scales of one: the tensor core's 14 bits lose the sum's end."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("NOT RUN: about the tensor cores of Hopper; newer ones may add in FP32")
 
     def check_chain(module) -> None:
         values = torch.rand(256, 16384, device="cuda").add(1).to(torch.float8_e4m3fn)

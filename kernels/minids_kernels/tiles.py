@@ -90,8 +90,11 @@ def operand(x: Scaled, card: Card) -> Operand:
 
 
 def by_four_warps(card: Card) -> bool:
-    """Say whether four warps make a product together, out of shared memory: Hopper's wgmma, and
-    tcgen05 of Blackwell in the data centre; elsewhere each warp makes its own, out of registers."""
+    """Say whether products are made out of shared memory, by four warps together or for them.
+
+    So are Hopper's, and Blackwell's in the data centre; elsewhere each warp has its own product,
+    out of its registers, which large tiles overflow.
+    """
     return 9 <= card.capability[0] <= 11
 
 
