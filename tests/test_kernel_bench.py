@@ -1050,8 +1050,9 @@ def test_the_tuner_writes_the_table_a_row_a_line(kernel, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
-def test_the_tuner_tries_every_candidate_of_every_kernel(device):
-    """It would note a wrong one and go on."""
+def test_the_tuner_tries_every_candidate_of_every_kernel(device, monkeypatch):
+    """It would note a wrong one and go on; nothing is timed here."""
+    monkeypatch.setattr(tune, "ROUNDS", 0)
     every = quantise.cases((128, 128), (1, 128), (128, 128))
     names = ("1x128 to 128x1", "1x128, 1 x", "1x128 and 128x1", "128x128 to BF16")
     cases = [case for case in every if case.name.startswith(names)]
@@ -1065,7 +1066,7 @@ def test_the_tuner_tries_every_candidate_of_every_kernel(device):
         assert all(config in [each["config"] for each in tuning.tries] for config in listed)
     wrong = [each for each in tuning.tries if not each["right"]]
     assert not wrong
-    assert not tuning.rows  # all take the same time here
+    assert not tuning.rows
 
 
 # the page
