@@ -191,6 +191,7 @@ def test_rule_of_thumb_by_hand():
     assert rule_of_thumb(64, 7168, 16384, hopper()).SPLITS == 3
     assert rule_of_thumb(128, 7168, 16384, hopper()) == Decode(128, 2, 8, 4)
     assert rule_of_thumb(1, 24576, 1536, hopper()).SPLITS == 1
+    assert rule_of_thumb(1, 512, 1536, hopper()).SPLITS == 3  # runs of 4 groups, none shorter
 
 
 def test_cut_of_few_tokens_does_not_depend_on_their_number(device):
