@@ -30,6 +30,7 @@ from minids_kernels import cards, configs, fp8_decode, fp8_matmul
 from minids_kernels.cards import Card
 from minids_kernels.fp8_decode import CANDIDATES, Decode, most_tokens, rule_of_thumb
 from minids_kernels.fp8_matmul import DTYPES, scaled_matmul
+from minids_kernels.tiles import by_four_warps
 
 from minids import fp8
 from minids.formats.groups import Scaled, quantise
@@ -208,7 +209,7 @@ def test_cut_of_few_tokens_does_not_depend_on_their_number(device):
 @pytest.mark.parametrize("m", [64, 65, 128, 129])
 def test_number_of_rows_chooses_the_kernel(m, device):
     a, b = draw(m, 100, 1, device), draw(3, 100, 128, device, seed=1)
-    few = m <= most_tokens(cards.card("a test", a.values))
+    few = m <= (128 if by_four_warps(cards.card("a test", a.values)) else 64)
     with configs.trying(KERNEL if few else "fp8_matmul.Prefill", None) as trial:
         scaled_matmul(a, b)
     assert trial.asked
