@@ -57,7 +57,8 @@ def quantise(
         return Scaled(*kernels().quantise(x, group, scale_fmt, floor))
     wide = x.float()
     amax = reduce(_grouped(wide.abs(), group), "... g r j c -> ... g j", "max")
-    scale = amax.clamp(min=max(floor, _SMALLEST)) / E4M3.max
+    most = amax.new_full((), E4M3.max)  # torch on CUDA would multiply by a plain number's inverse
+    scale = amax.clamp(min=max(floor, _SMALLEST)) / most
     if scale_fmt == "ue8m0":
         scale = next_power_of_two(scale)
     values = wide / _spread(scale, group, wide)
