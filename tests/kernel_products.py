@@ -96,7 +96,8 @@ def using(wanted: Wanted | None) -> Iterator[None]:
         return
     with configs.trying(wanted.kernel, wanted.config) as trial:
         yield
-    assert trial.asked, f"{wanted.kernel} was not launched"
+    launched = {kernel for kernel, _ in trial.asked}
+    assert wanted.kernel in launched, f"{wanted.kernel} was not launched, only {launched}"
 
 
 def every(kernel: str) -> list[Wanted]:
