@@ -176,7 +176,8 @@ def scaled_matmul(
     if 0 in (M, N, K):
         return out if add else out.zero_()
     few = M <= fp8_decode.most_tokens(card)
-    (fp8_decode.launch if few else launch)(operand(a, card), operand(b, card), out, add, card)
+    with torch.cuda.device_of(out):  # Triton launches on the current GPU
+        (fp8_decode.launch if few else launch)(operand(a, card), operand(b, card), out, add, card)
     return out
 
 
