@@ -58,14 +58,17 @@ check: lint  ## run the fast checks: no slow tests, no notebooks
 # time to end within 9 minutes. Versions there are not those of constraints.txt: warnings pass.
 OUT ?= runs/gpu
 GPU_PY ?= python3
-GPU_TESTS := tests/test_fp8.py $(wildcard tests/test_kernel_*.py)
+GPU_TESTS := tests/test_fp8.py tests/test_impl.py $(wildcard tests/test_kernel_*.py)
+# most of the tests' time goes into compiling: several processes, where pytest-xdist is there
+GPU_JOBS ?= 8
 
 gpu:  ## test and time the kernels on this machine's NVIDIA GPU: OUT=folder for the results
 	@$(GPU_PY) -c "import pytest, torch, triton, typer" 2>/dev/null || { \
 	  echo "$(GPU_PY) lacks torch, triton, pytest or typer: GPU_PY=... names another Python" >&2; \
 	  exit 1; }
 	@mkdir -p "$(OUT)"; export PYTHONPATH=.:kernels; status=0; \
-	timeout -s INT -k 20 210 $(GPU_PY) -m pytest -m gpu $(GPU_TESTS) -o addopts=-ra -W default \
+	jobs=; if $(GPU_PY) -c "import xdist" 2>/dev/null; then jobs="-n $(GPU_JOBS)"; fi; \
+	timeout -s INT -k 20 210 $(GPU_PY) -m pytest -m gpu $(GPU_TESTS) $$jobs -o addopts=-ra -W default \
 	  -p no:cacheprovider --junitxml="$(OUT)/gpu-tests.xml" > "$(OUT)/gpu-tests.log" 2>&1 || status=1; \
 	tail -n 12 "$(OUT)/gpu-tests.log"; \
 	$(GPU_PY) -m minids_kernels.bench --out "$(OUT)" --seconds 270 || status=1; \
