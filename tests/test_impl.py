@@ -16,7 +16,7 @@ from minids.moe import Experts
 from minids.train import make_optimizer
 
 pytest.importorskip("triton", reason="NOT RUN: kernels need Triton, made for Linux")
-import minids_kernels  # noqa: E402  # after the question whether Triton is there
+import minids_kernels  # after the question whether Triton is there
 
 # FP32 sums of 128 products in another order; a tensor core adds them with about 14 bits (3.3.2)
 ORDER, CORES = 1e-6, 1e-3
