@@ -117,7 +117,7 @@ def goal_text(judged: dict[str, Any]) -> str:
 
 def terminal(report: Report) -> str:
     """Return a summary that fits into 100 columns."""
-    form = "{:<36} {:>9} {:>7} {:>6} {:>6} {:>9}  {}".format
+    form = "{:<34} {:>8} {:>6} {:>6} {:>6} {:>9}  {}".format
     lines = []
     for job in dict.fromkeys(row.job for row in report.rows):
         lines += ["", form(job, "µs", "±", "%floor", "%ceil", "check", "best peer; goals")]
@@ -126,9 +126,9 @@ def terminal(report: Report) -> str:
             us, spread = number(ours.us), number(ours.spread_us)
             goals = [goal.judge(row)["reached"] for goal in row.goals]
             marks = "".join({True: "+", False: "-", None: "?"}[reached] for reached in goals)
-            rival = f"{peer[:10]} {number(ratio, 2)}" if peer else NOTHING
+            rival = f"{peer[:15]} {number(ratio, 2)}" if peer else NOTHING
             lines.append(form(
-                row.name[:36], us, spread, number(row.percent_of_floor),
+                row.name[:34], us, spread, number(row.percent_of_floor),
                 number(row.percent_of_ceiling), checked(ours)[:9], f"{rival} {marks}",
             ))  # fmt: skip
     lines += ["", "ratio: the peer's time over ours; goals: + reached, - not, ? not measured"]
