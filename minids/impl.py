@@ -35,7 +35,7 @@ def use(model: nn.Module, impl: str) -> None:
             into, out = (how and how._replace(impl=impl) for how in module.recipes)
             module.recipes = into, out
     if impl == "triton" and not n_recipes:
-        raise ValueError("impl='triton' has kernels for precision='fp8' alone: use impl='torch'")
+        raise ValueError("impl='triton' has kernels for precision='fp8' alone: choose it or torch")
 
 
 def kernels() -> ModuleType:
