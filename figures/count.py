@@ -14,7 +14,8 @@ from matplotlib.patches import Rectangle
 
 from figures import style
 from figures.treemap import cut
-from minids.config import _CHOICES, _MAY_BE_ZERO, Config, preset
+from minids.checks.config import CHOICES, MAY_BE_ZERO
+from minids.config import Config, preset
 from minids.count import MEASURED_TFLOPS, REPORTED_TOKENS, TRAINING_BYTES, Counts, count, short
 from minids.learn.widget import Explorable, explore
 
@@ -218,8 +219,8 @@ def widget() -> Explorable:
     deciding = [name for name in whole if name not in lengths]
     presets = {name: asdict(preset(name)) for name in ("v3", "v2", "v2_lite", "small", "nano")}
     data = {
-        "config": [{"name": name, "least": 0 if name in _MAY_BE_ZERO else 1} for name in deciding],
-        "choices": {name: _CHOICES[name] for name in words},
+        "config": [{"name": name, "least": 0 if name in MAY_BE_ZERO else 1} for name in deciding],
+        "choices": {name: CHOICES[name] for name in words},
         "presets": {
             name: {field: cfg[field] for field in deciding} | {"seq_len": cfg["original_seq_len"]}
             for name, cfg in presets.items()

@@ -5,18 +5,10 @@ Dims    the fields below are the letters of every other module (D is `dim`, H is
 Book    book/01_count.ipynb             Kernel  none
 """
 
-import sys
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-_CHOICES = {
-    "attn": ("mla", "mha", "gqa", "mqa"),
-    "score_func": ("sigmoid", "softmax"),
-    "group_score": ("top2", "max"),
-    "precision": ("fp32", "bf16", "fp8"),
-    "scale_fmt": (None, "ue8m0"),
-}
-_MAY_BE_ZERO = {"n_dense_layers", "q_lora_rank", "n_shared_experts", "mtp_depth"}
+from minids.checks.config import check_combinations, check_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,52 +62,8 @@ class Config:
     scale_fmt: str | None = None  # of FP8 scales
 
     def __post_init__(self):
-        self._check_values()
-        self._check_combinations()
-
-    def _check_values(self):
-        """Raise ValueError for a single field of the wrong type or out of its range."""
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if name in _CHOICES:
-                if value not in _CHOICES[name]:
-                    raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
-            elif field.type is bool:
-                if not isinstance(value, bool):
-                    raise ValueError(f"{name} must be true or false, got {value!r}")
-            elif field.type is int:
-                least = 0 if name in _MAY_BE_ZERO else 1
-                if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                    raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-            elif not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"{name} must be a number, got {value!r}")
-            elif not 0 <= value <= sys.float_info.max:
-                raise ValueError(f"{name} must be finite and not negative, got {value!r}")
-
-    def _check_combinations(self):
-        """Raise ValueError for fields that are legal alone and impossible together."""
-        groups, kept = self.n_expert_groups, self.n_limited_groups * self.experts_per_group
-        at_most = [
-            ("n_dense_layers", self.n_dense_layers, "n_layers", self.n_layers),
-            ("n_limited_groups", self.n_limited_groups, "n_expert_groups", groups),
-            ("n_activated_experts", self.n_activated_experts, "the kept groups' experts", kept),
-            ("beta_slow", self.beta_slow, "beta_fast", self.beta_fast),
-            ("1", 1, "rope_factor", self.rope_factor),
-        ]
-        multiples = [
-            ("n_heads", self.n_heads, "n_kv_heads", self.kv_heads),
-            ("n_routed_experts", self.n_routed_experts, "n_expert_groups", groups),
-            ("the rotated width of a head", self.rotated_dim, "2", 2),
-        ]
-        for name, value, limit, bound in at_most:
-            if value > bound:
-                raise ValueError(f"{name} must be at most {limit}, got {value} and {bound}")
-        for name, value, divisor, by in multiples:
-            if value % by:
-                raise ValueError(f"{name} must be a multiple of {divisor}, got {value} and {by}")
-        for name in ("norm_eps", "init_std", "rope_theta", "beta_slow"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_values(self)
+        check_combinations(self)
 
     @property
     def experts_per_group(self) -> int:

@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minids.cache import Cache
-from minids.model import Transformer, _check_lengths
+from minids.checks.inputs import check_ids, check_lengths, check_options
+from minids.model import Transformer
 
 
 @dataclass
@@ -146,8 +147,8 @@ def stream(
     stats: Stats | None = None,
 ) -> Iterator[list[list[int]]]:
     """Yield new words as they are made, a list for each row; else as generate. Fills `stats`."""
-    model.check_ids(ids.cpu())
-    lengths = _check_lengths(ids, lengths) or [ids.shape[1]] * len(ids)
+    check_ids(ids.cpu(), model.cfg.vocab_size)
+    lengths = check_lengths(ids, lengths) or [ids.shape[1]] * len(ids)
     check_options(model, max(lengths), max_new_tokens, temperature, top_p, stop_tokens, draft)
     device, depth = model.embed.device, len(model.mtp) if draft else 0
     sampler = Sampler(temperature, top_p, torch.Generator(device).manual_seed(seed))
@@ -195,26 +196,6 @@ def _rounds(model, cache, ids, left, stop, sampler, drafter, stats) -> Iterator[
         stats.accepted = [sum(n > k for n in kept) + old for k, old in enumerate(stats.accepted)]
         rows = zip(fed.tolist(), kept, word.tolist(), strict=True)
         made = [[*words[1 : n + 1], new] for words, n, new in rows]
-
-
-def check_options(model, prompt, new, temperature, top_p, stop_tokens, draft) -> None:
-    """Raise ValueError for what generate refuses; `prompt` is the longest one's length."""
-    limit, vocab = model.cfg.max_seq_len, model.cfg.vocab_size
-    at_most = f"be at most {limit} (max_seq_len) - {prompt} (prompt) = {limit - prompt}"
-    warm = temperature == 0 or 1e-6 <= temperature < math.inf  # colder logits overflow FP32
-    known = all(0 <= token < vocab for token in stop_tokens)
-    rules = [
-        ("max_new_tokens", new, isinstance(new, int) and new >= 1, "be an integer >= 1"),
-        ("max_new_tokens", new, prompt + new <= limit, at_most),
-        ("temperature", temperature, warm, "be 0 (greedy) or in 1e-6..inf"),
-        ("top_p", top_p, 0 < top_p <= 1, "be above 0 and at most 1"),
-        ("stop_tokens", stop_tokens, known, f"lie in 0..{vocab - 1}"),
-        ("draft", draft, draft in (None, "mtp"), "be None or 'mtp'"),
-        ("draft", draft, not draft or len(model.mtp), "be None: the model has no MTP modules"),
-    ]
-    for name, value, holds, rule in rules:
-        if not holds:
-            raise ValueError(f"{name} must {rule}, got {value!r}")
 
 
 def generate(

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from minids.attention import causal_mask
 from minids.block import Block
 from minids.cache import Cache
+from minids.checks.inputs import check_ids, check_lengths
 from minids.config import Config
 from minids.impl import use
 from minids.linear import Linear
@@ -115,8 +116,8 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the state after the final norm, for head and MTP; arguments as in forward."""
-        self.check_ids(ids)
-        lengths = _check_lengths(ids, lengths)
+        check_ids(ids, self.cfg.vocab_size)
+        lengths = check_lengths(ids, lengths)
         if cache is not None and mask is not None:
             raise ValueError("a document mask and a cache do not go together: give one of them")
         phase, visible = self.positions(*ids.shape, cache=cache, documents=mask)
@@ -169,7 +170,7 @@ class Transformer(nn.Module):
         Every sum over targets is divided by `n_targets`, by default the main model's (Eq. 24's T).
         `recompute` saves memory by running blocks again in backward; nothing is counted twice.
         """
-        self.check_ids(tokens)
+        check_ids(tokens, self.cfg.vocab_size)
         if tokens.shape[1] < 2 + self.cfg.mtp_depth:
             need = 2 + self.cfg.mtp_depth
             raise ValueError(f"losses need at least {need} tokens a row, got {tokens.shape[1]}")
@@ -214,18 +215,6 @@ class Transformer(nn.Module):
         targets = rearrange(targets, "b t -> (b t)")
         return F.cross_entropy(logits, targets, ignore_index=_IGNORED, reduction="sum")
 
-    def check_ids(self, ids: Int[Tensor, "B T"]) -> None:
-        """Raise ValueError unless ids are int64 [B, T], not empty and (on CPU) known words."""
-        if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel():
-            got = f"{ids.dtype} {list(ids.shape)}"
-            raise ValueError(f"ids must be int64 [B, T] and not empty, got {got}")
-        if ids.device.type == "cpu":
-            least, most = ids.min().item(), ids.max().item()
-            if least < 0 or most >= self.cfg.vocab_size:
-                raise ValueError(
-                    f"ids must lie in 0..{self.cfg.vocab_size - 1}, got {least}..{most}"
-                )
-
 
 _IGNORED = -100  # a target that does not count
 
@@ -235,13 +224,3 @@ def count_targets(tokens: Int[Tensor, "B T1"], mask: Int[Tensor, "B T1"] | None 
     if mask is None:
         return tokens[:, 1:].numel()
     return max(1, int((mask[:, 1:] == mask[:, :-1]).sum()))
-
-
-def _check_lengths(ids, lengths) -> list[int] | None:
-    if lengths is None:
-        return None
-    lengths = [int(length) for length in lengths]
-    batch, padded = ids.shape
-    if len(lengths) != batch or not all(1 <= length <= padded for length in lengths):
-        raise ValueError(f"lengths must be {batch} numbers in 1..{padded}, got {lengths}")
-    return lengths

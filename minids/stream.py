@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minids.block import Block
 from minids.cache import Cache
+from minids.checks.inputs import check_ids
 from minids.files.mapped import Mapped
 from minids.files.on_disk import ExpertsOnDisk, OnDisk
 from minids.files.opened import check_device, dtype_of, open_checkpoint
@@ -78,7 +79,7 @@ class Streamed:
         self, ids: Int[Tensor, "B T"], cache: Cache | None = None
     ) -> Float[Tensor, "B T vocab"]:
         """Return each position's logits, in FP32; the cache, if given, then holds the ids."""
-        self.model.check_ids(ids)
+        check_ids(ids, self.cfg.vocab_size)
         cache = cache or self.new_cache(*ids.shape)
         logits = self.head(self.hidden(ids, Run([], cache, torch.Generator())))
         cache.advance(ids.shape[1])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minids import Config, Transformer, preset
 from minids.cache import Cache
+from minids.checks.inputs import check_ids
 from minids.model import count_targets
 
 # FP32 sums of a few dozen products in another order, through three layers
@@ -385,7 +386,7 @@ WRONG_IDS = [
 def test_wrong_ids(ids: Tensor, message: str):
     """In use there is no hook that checks shapes first, so here it is taken off."""
     with pytest.raises(ValueError, match=message):
-        inspect.unwrap(Transformer.check_ids)(small(), ids)
+        inspect.unwrap(check_ids)(ids, small().cfg.vocab_size)
     if ids.dtype == torch.int64 and ids.ndim == 2:
         with pytest.raises(ValueError, match=message):
             small()(ids)

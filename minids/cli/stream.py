@@ -19,6 +19,7 @@ import typer
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from minids.checks.inputs import check_ids, check_options
 from minids.cli.screen import Meter, Screen, Stopped, stoppable
 from minids.cli.text import decode_stream
 from minids.config import preset
@@ -26,7 +27,7 @@ from minids.files import synthetic
 from minids.files.opened import CONFIG
 from minids.files.shards import read_json
 from minids.files.text_state import about, save_run, start_or_go_on
-from minids.generate import Sampler, check_options
+from minids.generate import Sampler
 from minids.stream import Run, Streamed
 from minids.tokenizer import load_tokenizer
 
@@ -46,7 +47,7 @@ def stream_command(
     """Run a checkpoint far larger than memory, a layer at a time; stopped, it can go on."""
     model = Streamed(folder, device, dtype)
     tokens, tokenizer, stops = _read_prompt(folder, prompt, ids)
-    model.model.check_ids(torch.tensor([tokens], dtype=torch.int64))
+    check_ids(torch.tensor([tokens], dtype=torch.int64), model.cfg.vocab_size)
     if len(tokens) >= (limit := model.cfg.max_seq_len):
         raise ValueError(f"the prompt has {len(tokens)} tokens, max_seq_len is {limit}")
     check_options(model.model, len(tokens), max_new_tokens, temperature, top_p, stops, None)
