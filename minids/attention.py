@@ -6,6 +6,8 @@ Dims    B batch, T queries, S keys, D width, H query heads, G key heads, N key a
 Book    book/03_cache.ipynb             Kernel  none
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -31,11 +33,23 @@ def causal_mask(
     return seen
 
 
+class Causal(NamedTuple):
+    """The same in numbers, for kernels, which store no mask: query t of row b is at start_b + t."""
+
+    start: Int[Tensor, " B"]
+    documents: Int[Tensor, "B S"] | None = None
+
+    def mask(self, queries: int, keys: int) -> Bool[Tensor, "B T S"]:
+        """Return the mask that says so."""
+        at = self.start[:, None] + torch.arange(queries, device=self.start.device)
+        return causal_mask(at, torch.arange(keys, device=at.device), self.documents)
+
+
 def attend(
     q: Float[Tensor, "B T H N"],
     k: Float[Tensor, "B S G N"],
     v: Float[Tensor, "B S G V"],
-    mask: Bool[Tensor, "#B T S"] | None,
+    mask: Bool[Tensor, "#B T S"] | Causal | None,
     scale: float,
 ) -> Float[Tensor, "B T H V"]:
     """Return softmax(q k^T * scale) v, with weight 0 where the mask is False; None sees all keys.
@@ -43,6 +57,8 @@ def attend(
     Each of the G key and value heads serves H / G query heads: more rows of one product.
     Softmax is taken in FP32 at least, in tiles, so that no [T, S] matrix is ever stored.
     """
+    if isinstance(mask, Causal):
+        mask = mask.mask(q.shape[1], k.shape[1])
     (heads, value_dim), (groups, width) = (q.shape[2], v.shape[3]), k.shape[2:]
     q = rearrange(q, "b t (g h) n -> b g (h t) n", g=groups)
     # einops would look up its pattern anew for each length of a growing cache

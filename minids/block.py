@@ -8,7 +8,7 @@ Book    book/02_model.ipynb             Kernel  none
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 
-from minids.attention import Attention
+from minids.attention import Attention, Causal
 from minids.cache import CacheLayer
 from minids.config import Config
 from minids.ffn import SwiGLU
@@ -33,7 +33,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         phase: Complex[Tensor, "#B T R_half"],
-        mask: Bool[Tensor, "#B T S"] | None,
+        mask: Bool[Tensor, "#B T S"] | Causal | None,
         cache: CacheLayer | None = None,
         stats: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], Routed | None]:

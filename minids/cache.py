@@ -12,25 +12,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minids.serve.pages import Pages, PageTable
+
 
 class Cache:
     """Slots for `capacity` tokens a row; rows may have different lengths, always from slot 0 on.
 
-    Cached values carry no gradient. Slots at or past a row's length hold leftovers: a causal mask
-    hides them, because slot numbers are positions.
+    With a `page_size` rows take slots out of one store, page by page; `n_pages` of them may be
+    fewer than all rows could fill. Cached values carry no gradient. Slots at or past a row's length
+    hold leftovers: a causal mask hides them, because slot numbers are positions.
     """
 
-    def __init__(self, layers: int, batch: int, capacity: int, width: int, like: Tensor):
+    def __init__(
+        self, layers: int, batch: int, capacity: int, width: int, like: Tensor,
+        page_size: int | None = None, n_pages: int | None = None,
+    ):  # fmt: skip
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
-        self.store = torch.zeros(
-            layers, batch, capacity, width, dtype=like.dtype, device=like.device
-        )
+        self.capacity, slots, self.pages = capacity, (batch, capacity), None
+        if page_size is not None:
+            slots = (n_pages or batch * -(-capacity // max(page_size, 1)), page_size)
+            self.pages = PageTable(batch, *slots, like.device)
+        self.store = torch.zeros(layers, *slots, width, dtype=like.dtype, device=like.device)
         self.lengths = [0] * batch  # tokens held by each row
-
-    @property
-    def capacity(self) -> int:
-        return self.store.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -47,17 +51,21 @@ class Cache:
         return CacheLayer(self, index)
 
     def reserve(self, new_tokens: int) -> None:
-        """Raise ValueError when `new_tokens` more tokens a row do not fit."""
+        """Take pages for `new_tokens` more tokens a row; ValueError when they do not fit."""
         if max(self.lengths) + new_tokens > self.capacity:
             raise ValueError(
                 f"cache is full: it holds {max(self.lengths)} tokens of {self.capacity}, "
                 f"{new_tokens} more were given"
             )
+        if self.pages is not None:
+            self.pages.grow([held + new_tokens for held in self.lengths])
 
     def advance(self, counts: int | Sequence[int]) -> None:
         """Count appended tokens as held, after all layers appended; `counts` may differ by row."""
         counts = [counts] * len(self.lengths) if isinstance(counts, int) else counts
         self.lengths = [held + new for held, new in zip(self.lengths, counts, strict=True)]
+        if self.pages is not None:
+            self.pages.shrink(self.lengths)
 
     def rollback(self, counts: int | Sequence[int]) -> None:
         """Forget the last tokens, as many of every row or of each; ValueError if fewer are held."""
@@ -80,6 +88,11 @@ class CacheLayer:
     def append(self, new: Float[Tensor, "B T W"]) -> Float[Tensor, "B S W"]:
         """Store new tokens behind each row's held ones; return slots to the longest row's end."""
         cache, slots = self.cache, self.cache.store[self.index]
+        if cache.pages is not None:
+            held = self.write(new)
+            if not max(cache.lengths):  # a prompt: what was written is all there is
+                return new.detach().to(held.store.dtype)
+            return held.latent()[:, : max(cache.lengths) + new.shape[1]]
         start, end = min(cache.lengths), max(cache.lengths) + new.shape[1]
         if start == max(cache.lengths):
             slots[:, start:end] = new.detach()
@@ -87,3 +100,8 @@ class CacheLayer:
             rows = torch.arange(new.shape[0], device=new.device)[..., None]
             slots[rows, cache.positions(new.shape[1])] = new.detach()
         return slots[:, :end]
+
+    def write(self, new: Float[Tensor, "B T W"]) -> Pages:
+        """Store new tokens as append does; return the pages, of a cache that has them."""
+        assert self.cache.pages is not None, "the caller asked before"
+        return self.cache.pages.write(self.cache.store[self.index], self.cache.lengths, new)

@@ -107,9 +107,10 @@ class Drafter:
 
     def __init__(self, model: Transformer, sampler: Sampler, main: Cache):
         self.model, self.sampler, self.depth = model, sampler, len(model.mtp)
-        self.cache = model.new_cache(*main.store.shape[1:3], mtp=True)
+        rows = len(main.lengths), main.capacity
+        self.cache = model.new_cache(*rows, mtp=True)
         self.known = [0 for _ in main.lengths]  # positions with confirmed state and next word
-        self.states = model.embed.new_zeros(*main.store.shape[1:3], model.cfg.dim)
+        self.states = model.embed.new_zeros(*rows, model.cfg.dim)
         self.words = F.pad(self.states[..., 0].long(), (0, self.depth))
 
     def propose(

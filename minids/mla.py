@@ -14,13 +14,15 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 
-from minids.attention import attend
+from minids.attention import Causal, attend
 from minids.cache import CacheLayer
 from minids.config import Config
 from minids.fp8 import AFTER_ATTENTION, recipe
+from minids.impl import kernels
 from minids.linear import Linear
 from minids.norm import RMSNorm
 from minids.rope import rotate, softmax_scale
+from minids.serve.pages import Pages
 
 
 def absorbing_is_cheaper(cfg: Config, queries: int, keys: int) -> bool:
@@ -32,12 +34,53 @@ def absorbing_is_cheaper(cfg: Config, queries: int, keys: int) -> bool:
     return absorb < expand
 
 
+def attend_expanded(
+    q_nope: Float[Tensor, "B T H N"],
+    q_rope: Float[Tensor, "B T H R"],
+    k_nope: Float[Tensor, "B S H N"],
+    k_rope: Float[Tensor, "B S R"],
+    v: Float[Tensor, "B S H V"],
+    mask: Bool[Tensor, "#B T S"] | Causal | None,
+    scale: float,
+    impl: str = "torch",
+) -> Float[Tensor, "B T H V"]:
+    """Attend with every head's own keys beside one rotary key for all; None sees every key."""
+    if impl == "triton":
+        return kernels().attend_expanded(q_nope, q_rope, k_nope, k_rope, v, mask, scale)
+    k_rope = repeat(k_rope, "b s r -> b s h r", h=k_nope.shape[2])
+    q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)  # Eq. 4
+    return attend(q, k, v, mask, scale)  # Eq. 10
+
+
+def attend_latent(
+    q_latent: Float[Tensor, "B T H C"],
+    q_rope: Float[Tensor, "B T H R"],
+    held: Float[Tensor, "B S CR"] | Pages,
+    mask: Bool[Tensor, "#B T S"] | Causal | None,
+    scale: float,
+    impl: str = "torch",
+) -> Float[Tensor, "B T H C"]:
+    """Attend to the latents themselves, keys and values in one, as one head that serves all.
+
+    In pages, the queries are those of each row's last T tokens, and `mask` is not read: query t
+    sees the first length - T + t + 1 slots. A query that sees none gets 0.
+    """
+    if impl == "triton":
+        return kernels().attend_latent(q_latent, q_rope, held, mask, scale)
+    if isinstance(held, Pages):
+        seen = held.mask(q_rope.shape[1])
+        z = attend_latent(q_latent, q_rope, held.latent(), seen, scale)
+        return z.where(seen.any(-1)[..., None, None], 0)
+    q, kv = torch.cat([q_latent, q_rope], dim=-1), held[:, :, None]
+    return attend(q, kv, kv, mask, scale)[..., : q_latent.shape[-1]]
+
+
 class MLA(nn.Module):
     """Multi-head latent attention, naive (keys and values expanded) and absorbed, side by side."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.impl = cfg, "torch"  # impl.py sets it
         self.scale = softmax_scale(cfg)
         how, q_dim = recipe(cfg), cfg.n_heads * cfg.qk_head_dim
         if cfg.q_lora_rank:
@@ -56,21 +99,24 @@ class MLA(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         phase: Complex[Tensor, "#B T R_half"],
-        mask: Bool[Tensor, "#B T S"] | None,
+        mask: Bool[Tensor, "#B T S"] | Causal | None,
         cache: CacheLayer | None = None,
         absorb: bool | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Attend; `absorb=None` takes the form with fewer multiply-adds; both give the same."""
         q_nope, q_rope = self.queries(x, phase)
         latent = self.latents(x, phase)
-        if cache is not None:
-            latent = cache.append(latent)
-        if absorb is None and self.training and self.w_ukv.recipe is not None:
-            absorb = False  # an absorbed matrix is no FP8 product
+        paged = cache if cache and cache.cache.pages else None
         if absorb is None:
-            absorb = absorbing_is_cheaper(self.cfg, x.shape[1], latent.shape[1])
-        attend = self.attend_absorbed if absorb else self.attend_naive
-        o = attend(q_nope, q_rope, latent, mask)
+            # an absorbed matrix is no FP8 product; kernels absorb where latents lie in pages
+            never = (self.training and self.w_ukv.recipe) or (self.impl == "triton" and not paged)
+            keys = x.shape[1] + (max(cache.cache.lengths) if cache else 0)
+            absorb = not never and absorbing_is_cheaper(self.cfg, x.shape[1], keys)
+        if absorb and paged:
+            o = self.attend_absorbed(q_nope, q_rope, paged.write(latent), mask)
+        else:
+            attend = self.attend_absorbed if absorb else self.attend_naive
+            o = attend(q_nope, q_rope, cache.append(latent) if cache else latent, mask)
         return self.w_o(rearrange(o, "b t h v -> b t (h v)"))  # Eq. 11
 
     def queries(
@@ -95,33 +141,29 @@ class MLA(nn.Module):
         q_nope: Float[Tensor, "B T H N"],
         q_rope: Float[Tensor, "B T H R"],
         latent: Float[Tensor, "B S CR"],
-        mask: Bool[Tensor, "#B T S"] | None,
+        mask: Bool[Tensor, "#B T S"] | Causal | None,
     ) -> Float[Tensor, "B T H V"]:
         """Expand every head's keys and values from the latent, then attend as MHA does."""
         c_kv, k_rope = self._split_latent(latent)
         kv = rearrange(self.w_ukv(c_kv), "b s (h d) -> b s h d", h=self.cfg.n_heads)  # Eq. 2, 5
         k_nope, v = kv.split([self.cfg.qk_nope_head_dim, self.cfg.v_head_dim], dim=-1)
-        k_rope = repeat(k_rope, "b s r -> b s h r", h=self.cfg.n_heads)  # one rotary key for all
-        q = torch.cat([q_nope, q_rope], dim=-1)
-        k = torch.cat([k_nope, k_rope], dim=-1)  # Eq. 4
-        return attend(q, k, v, mask, self.scale)  # Eq. 10
+        return attend_expanded(q_nope, q_rope, k_nope, k_rope, v, mask, self.scale, self.impl)
 
     def attend_absorbed(
         self,
         q_nope: Float[Tensor, "B T H N"],
         q_rope: Float[Tensor, "B T H R"],
-        latent: Float[Tensor, "B S CR"],
-        mask: Bool[Tensor, "#B T S"] | None,
+        held: Float[Tensor, "B S CR"] | Pages,
+        mask: Bool[Tensor, "#B T S"] | Causal | None,
     ) -> Float[Tensor, "B T H V"]:
         """Fold W^UK into the queries and W^UV into the output: MQA over the latent itself."""
         # plain products: einsum costs a third of a step where the model is small
-        batch, heads, nope = len(latent), self.cfg.n_heads, self.cfg.qk_nope_head_dim
+        batch, heads, nope = len(q_nope), self.cfg.n_heads, self.cfg.qk_nope_head_dim
         w_ukv = rearrange(self.w_ukv.weight, "(h d) c -> h d c", h=heads)
         w_uk, w_uv = w_ukv[:, :nope], w_ukv[:, nope:]
         q_latent = rearrange(q_nope, "b t h n -> h (b t) n") @ w_uk
         q_latent = rearrange(q_latent, "h (b t) c -> b t h c", b=batch)
-        q, kv = torch.cat([q_latent, q_rope], dim=-1), latent[:, :, None]  # one head serves all
-        z = attend(q, kv, kv, mask, self.scale)[..., : self.cfg.kv_lora_rank]
+        z = attend_latent(q_latent, q_rope, held, mask, self.scale, self.impl)
         o = rearrange(z, "b t h c -> h (b t) c") @ w_uv.mT
         return rearrange(o, "h (b t) v -> b t h v", b=batch)
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minids.attention import causal_mask
+from minids.attention import Causal, causal_mask
 from minids.block import Block
 from minids.cache import Cache
 from minids.checks.inputs import check_ids, check_lengths
@@ -27,6 +27,7 @@ from minids.moe import MoE, Routed
 from minids.mtp import MTP, shift
 from minids.norm import RMSNorm, at_least_fp32
 from minids.rope import frequencies, phases
+from minids.serve.pages import SIZE
 
 
 class Losses(NamedTuple):
@@ -56,6 +57,7 @@ class Transformer(nn.Module):
         depths = range(cfg.n_layers, cfg.n_layers + cfg.mtp_depth)
         self.mtp = nn.ModuleList(MTP(cfg, Block(cfg, index)) for index in depths)
         self.freq = nn.Buffer(frequencies(cfg), persistent=False)
+        self.impl = impl
         use(self, impl)
         self.initialise(seed)
 
@@ -79,6 +81,11 @@ class Transformer(nn.Module):
         return self
 
     @property
+    def in_numbers(self) -> bool:
+        """Whether kernels attend: to pages of a cache, and told in numbers what queries see."""
+        return self.impl == "triton" and self.cfg.attn == "mla"
+
+    @property
     def routers(self) -> list:
         """The routers in the order of `Losses.load`: MoE layers, then MTP modules."""
         blocks = [*self.layers, *(module.block for module in self.mtp)]
@@ -87,7 +94,8 @@ class Transformer(nn.Module):
     def new_cache(self, batch: int, capacity: int, mtp: bool = False) -> Cache:
         """Return an empty cache for `capacity` tokens a row: of the main layers, or of MTP."""
         layers = self.cfg.mtp_depth if mtp else self.cfg.n_layers
-        return Cache(layers, batch, capacity, self.cfg.cache_dim, like=self.embed)
+        page = SIZE if self.in_numbers else None  # kernels read pages
+        return Cache(layers, batch, capacity, self.cfg.cache_dim, self.embed, page)
 
     def forward(
         self,
@@ -136,7 +144,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         documents: Int[Tensor, "B T"] | None = None,
         offset: int = 0,
-    ) -> tuple[Complex[Tensor, "#B T R_half"], Bool[Tensor, "#B T S"] | None]:
+    ) -> tuple[Complex[Tensor, "#B T R_half"], Bool[Tensor, "#B T S"] | Causal | None]:
         """Return the rotations of the next tokens and which keys they see (None: all of them)."""
         device = self.embed.device
         if self.freq.dtype.itemsize < 4:
@@ -152,6 +160,8 @@ class Transformer(nn.Module):
         if end > self.cfg.max_seq_len:
             raise ValueError(f"{end} positions are more than max_seq_len = {self.cfg.max_seq_len}")
         phase = phases(start + offset, self.freq)
+        if self.in_numbers:
+            return phase, Causal(start[:, 0].expand(batch), documents)
         if new_tokens == 1 and (cache is None or len(set(cache.lengths)) == 1):
             return phase, None
         return phase, causal_mask(start, torch.arange(end, device=device), documents)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minids.balance import auxiliary_loss, expert_load, sequence_loss
 from minids.config import Config
+from minids.experts.grouped import matmul_by_expert
 from minids.ffn import SwiGLU
 from minids.fp8 import INTO_EXPERTS, OUT_OF_EXPERTS, gated_experts, recipe
 from minids.router import Router
@@ -87,29 +88,6 @@ def one_token(
     for weight, e in zip(gate.to(x.dtype).unbind(-1), ids[0].tolist(), strict=True):
         y = y + weight * run_expert(x, *weights(e))
     return y
-
-
-def matmul_by_expert(
-    x: Float[Tensor, "visits I"], w: Float[Tensor, "E O I"], load: Int[Tensor, " E"]
-) -> Float[Tensor, "visits O"]:
-    """Multiply the rows of each expert, neighbours in `x`, by its own matrix: y = W_e x."""
-    if _can_group(x, w):
-        return F.grouped_mm(x, rearrange(w, "e o i -> e i o"), offs=load.cumsum(0).int())
-    # unbinding all weights at once: indexing them one by one fills E whole gradients with zeros
-    parts = zip(x.split(load.tolist()), w.unbind(0), strict=True)
-    return torch.cat([F.linear(rows, w_e) for rows, w_e in parts if len(rows)])
-
-
-def _can_group(x: Tensor, w: Tensor) -> bool:
-    """Say whether torch's grouped product takes them: rows of whole 16 bytes, no autocast."""
-    device, row_bytes = x.device.type, (n * w.element_size() for n in w.shape[1:])
-    return (
-        device == "cpu"
-        and x.dtype == w.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and not torch.is_autocast_enabled(device)
-        and all(width % 16 == 0 for width in row_bytes)
-    )
 
 
 def run_expert(

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
+from minids.attention import Causal
 from minids.block import Block
 from minids.cache import CacheLayer
 from minids.config import Config
@@ -37,7 +38,7 @@ class MTP(nn.Module):
         hidden: Float[Tensor, "B T D"],
         embedding: Float[Tensor, "B T D"],
         phase: Complex[Tensor, "#B T R_half"],
-        mask: Bool[Tensor, "#B T S"] | None,
+        mask: Bool[Tensor, "#B T S"] | Causal | None,
         cache: CacheLayer | None = None,
         stats: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], Routed | None]:

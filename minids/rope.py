@@ -30,19 +30,16 @@ def ramp_bounds(cfg: Config) -> tuple[int, int]:
         wavelength = cfg.original_seq_len / (2 * math.pi * times)
         return cfg.rotated_dim * math.log(wavelength) / (2 * math.log(cfg.rope_theta))
 
-    low, high = (
-        math.floor(pair_that_turns(cfg.beta_fast)),
-        math.ceil(pair_that_turns(cfg.beta_slow)),
-    )
+    low = math.floor(pair_that_turns(cfg.beta_fast))
+    high = math.ceil(pair_that_turns(cfg.beta_slow))
     return max(low, 0), min(high, cfg.rotated_dim - 1)
 
 
 def frequencies(cfg: Config) -> Float[Tensor, " R_half"]:
     """Return each pair's angle a position in radians, stretched by YaRN if `rope_factor` > 1."""
     dim = cfg.rotated_dim
-    freq = 1.0 / (
-        cfg.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
-    )
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    freq = 1.0 / cfg.rope_theta**exponents
     if cfg.rope_factor == 1:
         return freq
     low, high = ramp_bounds(cfg)

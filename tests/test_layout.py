@@ -52,7 +52,9 @@ NO_KERNEL = {
     "cards": "what a card can do, no kernel; tested with the harness",
     "configs": "the tuned table, no kernel; tested with the benchmark that writes it",
     "e4m3": "device functions; tested through the kernels of fp8_quantise and fp8_dequantise",
+    "latent": "tuples, and the ends of documents; tested through the kernels of mla_prefill",
     "scaled": "a tuple",
+    "softmax": "device functions; tested through the kernels of mla",
     "tiles": "device functions; tested through the kernels of fp8_matmul",
 }
 # a test of kernels without a kernel of its own, with the reason
@@ -410,7 +412,7 @@ def unlike(reference: Callable, wrapper: Callable) -> str | None:
 def test_wrappers_have_the_signatures_of_their_references():
     """A kernel takes its reference's place without a word."""
     kernels = pytest.importorskip("minids_kernels", reason="NOT RUN: Triton is not installed here")
-    from minids import fp8
+    from minids import fp8, mla
     from minids.formats import groups
 
     wrappers = {
@@ -421,7 +423,8 @@ def test_wrappers_have_the_signatures_of_their_references():
     del wrappers["interpreted"]  # a question, no kernel
     assert set(wrappers) >= {"dequantise", "quantise", "quantise_twice", "scaled_matmul"}
     for name, wrapper in wrappers.items():
-        reference = getattr(groups, name, None) or getattr(fp8, name)
+        places = (getattr(module, name, None) for module in (groups, fp8, mla))
+        reference = next(filter(None, places))
         assert unlike(reference, wrapper) is None, name
 
 

@@ -1,0 +1,1 @@
+"""What runs many experts at once."""

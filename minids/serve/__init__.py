@@ -1,0 +1,1 @@
+"""What serving adds to the model: so far, the pages of its cache."""
