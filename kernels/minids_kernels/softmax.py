@@ -2,8 +2,8 @@
 
     o = sum over s of w_s v_s / sum over s of w_s,    w_s = 2^(c x_s - m),    c = scale log2(e)
 
-m is the largest c x_s so far. Where a tile brings a larger one, sums are multiplied by 2^(old - new):
-no number overflows, and no row of scores is ever stored.
+m is the largest c x_s so far. Where a tile brings a larger one, older sums are multiplied by
+2^(old m - new m): no number overflows, and no row of scores is ever stored.
 
 Layout  operands: rows along the last axis, every step between rows in multiples of 16 bytes, as
         descriptors want it; any other layout is copied into rows that are padded.
