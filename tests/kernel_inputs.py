@@ -162,6 +162,10 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device, strides=None) -
 class _PoisonedMemory(TorchDispatchMode):
     """Give every allocation without a value poison, inside and around."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # or torch imports its compiler, to leave this one out
+        return False
+
     def __init__(self):
         super().__init__()
         self.given: list[Poisoned] = []
