@@ -31,7 +31,8 @@ class Cache:
             raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
         self.capacity, slots, self.pages = capacity, (batch, capacity), None
         if page_size is not None:
-            slots = (n_pages or batch * -(-capacity // max(page_size, 1)), page_size)
+            fill_all = batch * -(-capacity // max(page_size, 1))
+            slots = (fill_all if n_pages is None else n_pages, page_size)
             self.pages = PageTable(batch, *slots, like.device)
         self.store = torch.zeros(layers, *slots, width, dtype=like.dtype, device=like.device)
         self.lengths = [0] * batch  # tokens held by each row

@@ -69,8 +69,7 @@ def attend_latent(
         return kernels().attend_latent(q_latent, q_rope, held, mask, scale)
     if isinstance(held, Pages):
         seen = held.mask(q_rope.shape[1])
-        z = attend_latent(q_latent, q_rope, held.latent(), seen, scale)
-        return z.where(seen.any(-1)[..., None, None], 0)
+        return attend_latent(q_latent, q_rope, held.latent(), seen, scale)
     q, kv = torch.cat([q_latent, q_rope], dim=-1), held[:, :, None]
     return attend(q, kv, kv, mask, scale)[..., : q_latent.shape[-1]]
 

@@ -83,6 +83,7 @@ class PageTable:
         self, store: Float[Tensor, "pages page W"], held: Sequence[int], new: Float[Tensor, "B T W"]
     ) -> Pages:
         """Store new tokens behind those that each row holds; return the row's pages then."""
+        self.grow([length + new.shape[1] for length in held])
         at = self._positions(held, new.shape[1])
         pages = self.table.gather(1, at // self.size).long()
         store[pages, at % self.size] = new.detach()
