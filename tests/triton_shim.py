@@ -3,7 +3,8 @@
 BF16 and FP8 are kept there as raw bits, and triton 3.6.0 often forgets that they are. Each entry of
 MENDED puts one thing right, and test_kernel_harness.py shows it to be wrong without it: an entry
 that a newer Triton no longer needs fails its test, which says so. What is right is left as it is,
-but for SHORTCUTS, which give the same sooner. What stays different from a GPU, so that only rings 2 and 3 can show it:
+but for SHORTCUTS, which give the same sooner.
+What stays different from a GPU, so that only rings 2 and 3 can show it:
 
 - a product and a sum become one `fma` there unless the launch says `enable_fp_fusion=False`
 - `/`, `tl.exp2`, `tl.sqrt` and their kin are approximate there: exact are `tl.div_rn`, `tl.sqrt_rn`
@@ -202,7 +203,7 @@ _patch_everything = interpreter._patch_lang
 
 
 def _no_verdict(self, lhs, rhs, binary_op) -> None:
-    """Leave out the search for integer overflow, whose verdict nobody hears outside of debugging."""
+    """Leave out the search for integer overflow: unless debugging, nobody hears its verdict."""
 
 
 def _np_dtype(dtype: tl.dtype) -> np.dtype:
