@@ -594,7 +594,7 @@ CALLS = {
     "wgmma of FP8": {"what": "product", "tile": [64, 64, 128]},
     "wgmma of BF16": {"what": "product", "tile": [64, 64, 64], "dtype": "bfloat16"},
     "too few rows for wgmma": {"what": "product", "tile": [16, 64, 128]},
-    "too many registers": {"what": "product", "tile": [256, 256, 64]},
+    "too many registers": {"what": "product", "tile": [128, 256, 32]},  # all 255 for the sum
     "divide": {"what": "divide"},
     "divide about": {"what": "divide about"},
     "narrow": {"what": "narrow"},
@@ -627,7 +627,7 @@ def test_compiler_says_how_wide_loads_and_stores_are(compiled):
 def test_compiler_sees_spills(compiled):
     assert compiled["wgmma of FP8"].spilled_bytes == 0
     spilling = compiled["too many registers"]
-    assert spilling.spilled_bytes > 1000
+    assert spilling.spilled_bytes > 500
     assert spilling.registers == 255
     assert {"STL", "LDL"} <= set(spilling.instructions)
 
@@ -931,6 +931,7 @@ def run_tests(before: str, *options: str) -> str:
     program = f"import sys, pytest\n{before}\nsys.exit(pytest.main(sys.argv[1:]))"
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # those of notebooks take seconds to load
     command = [sys.executable, "-c", program, "-o", "addopts=-ra", "-p", "no:cacheprovider", "-q"]
     done = subprocess.run(
         [*command, *options, __file__], env=environment, capture_output=True, text=True
