@@ -58,14 +58,11 @@ class Tile(NamedTuple):
 CANDIDATES = (
     Tile(128, 128, warps=8, stages=2),
     Tile(128, 64, warps=8, stages=3),
-    Tile(128, 64, warps=8, stages=2),
     Tile(64, 64, warps=4, stages=2),
-    Tile(64, 32, warps=4, stages=2),
-    Tile(64, 32, warps=4, stages=1),
-    Tile(32, 32, warps=4, stages=1),
-    Tile(16, 16, warps=4, stages=1),
+    Tile(32, 32, warps=8, stages=2),
+    Tile(16, 16, warps=8, stages=1),
 )
-_OF_FP32 = 32  # most queries of a tile: each thread multiplies on its own, out of registers
+_OF_REGISTERS, _OF_FP32 = CANDIDATES[-2:], CANDIDATES[-1:]  # where no four warps multiply together
 _SUMS = 128  # FP32 numbers of scores and results that a thread may hold
 
 
@@ -74,10 +71,10 @@ def rule_of_thumb(T: int, S: int, widths: Widths, itemsize: int, card: Card) -> 
 
     Raises ValueError where even the smallest does not fit.
     """
-    most = {4: _OF_FP32}.get(itemsize, 128 if by_four_warps(card) else 64)
-    for tile in CANDIDATES:
-        small = tile.BLOCK_M <= max(64, padded(T)) and tile.BLOCK_N <= max(64, padded(S))
-        if tile.BLOCK_M <= most and small and fits(tile, widths, itemsize, card):
+    possible = _OF_FP32 if itemsize == 4 else CANDIDATES if by_four_warps(card) else _OF_REGISTERS
+    for tile in possible:
+        filled = tile.BLOCK_M <= max(64, padded(T)) and tile.BLOCK_N <= max(64, padded(S))
+        if filled and fits(tile, widths, itemsize, card):
             return tile
     raise ValueError(
         f"{_NAME}: widths {widths} of {itemsize} bytes need more shared memory than the "
@@ -86,7 +83,7 @@ def rule_of_thumb(T: int, S: int, widths: Widths, itemsize: int, card: Card) -> 
 
 
 def fits(tile: Tile, widths: Widths, itemsize: int, card: Card) -> bool:
-    """Say whether a tile fits shared memory and, if it has a choice, the registers."""
+    """Say whether a tile fits shared memory and, where smaller ones help, the registers."""
     N, R, V = map(padded, widths)
     held = tile.BLOCK_M * (N + R) + tile.stages * tile.BLOCK_N * (N + R + V)
     sums = tile.BLOCK_M * (tile.BLOCK_N + V) // (32 * tile.warps)
@@ -95,7 +92,7 @@ def fits(tile: Tile, widths: Widths, itemsize: int, card: Card) -> bool:
 
 @triton.jit
 def walk(
-    sums, most, total, q_nope, q_rope, k_nope, k_rope, v, first, mine, begin, stop,
+    sums, most, total, nope, rope, k_nope, k_rope, v, documents, mine, begin, stop,
     head, row, at, end, c,
     BLOCK_N: tl.constexpr, N: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     DIAGONAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENDS: tl.constexpr,
@@ -107,13 +104,13 @@ def walk(
     for n in tl.range(begin, stop, BLOCK_N):
         keys = n + tl.arange(0, BLOCK_N)
         k = k_nope.load([row, head, n, 0]).reshape(BLOCK_N, N)
-        score = tl.dot(q_nope, k.T, input_precision="ieee")
+        score = tl.dot(nope, k.T, input_precision="ieee")
         k = k_rope.load([row, n, 0]).reshape(BLOCK_N, R)
-        score = tl.dot(q_rope, k.T, score, input_precision="ieee")
+        score = tl.dot(rope, k.T, score, input_precision="ieee")
         if DIAGONAL:
             score = tl.where(keys[None, :] <= at[:, None], score, -float("inf"))
         if DOCUMENTS:
-            theirs = tl.load(first + keys, mask=keys < end, other=-1)
+            theirs = documents.load([row, n]).reshape(BLOCK_N)
             score = tl.where(theirs[None, :] == mine[:, None], score, -float("inf"))
         if ENDS:
             score = tl.where((keys < end)[None, :], score, -float("inf"))
@@ -129,7 +126,7 @@ def walk(
 
 @triton.jit(do_not_specialize=["T", "S"])
 def prefill(
-    q_nope, q_rope, k_nope, k_rope, v, o, lse, start, first, c, T, S,
+    q_nope, q_rope, k_nope, k_rope, v, o, lse, start, of_queries, of_keys, c, T, S,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -146,28 +143,27 @@ def prefill(
         full = tl.maximum(tl.minimum(where + m + 1, S), 0)
         end = tl.maximum(tl.minimum(where + tl.minimum(m + BLOCK_M, T), S), 0)
     if DOCUMENTS:
-        first += row.to(tl.int64) * S
-        mine = tl.load(first + queries, mask=queries < T, other=S)
+        mine = tl.where(queries < T, of_queries.load([row, m]).reshape(BLOCK_M), S)
         begin = tl.min(mine, 0) // BLOCK_N * BLOCK_N
     full = tl.maximum(full // BLOCK_N * BLOCK_N, begin)
     whole = tl.maximum(end // BLOCK_N * BLOCK_N, full)
 
-    queries_nope = q_nope.load([row, head, m, 0]).reshape(BLOCK_M, N)
-    queries_rope = q_rope.load([row, head, m, 0]).reshape(BLOCK_M, R)
+    nope = q_nope.load([row, head, m, 0]).reshape(BLOCK_M, N)
+    rope = q_rope.load([row, head, m, 0]).reshape(BLOCK_M, R)
     sums = tl.zeros((BLOCK_M, V), tl.float32)
     most = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums, most, total = walk(
-        sums, most, total, queries_nope, queries_rope, k_nope, k_rope, v, first, mine, begin, full,
+        sums, most, total, nope, rope, k_nope, k_rope, v, of_keys, mine, begin, full,
         head, row, at, end, c, BLOCK_N, N, R, V, False, DOCUMENTS, False,
     )  # fmt: skip
     if CAUSAL:
         sums, most, total = walk(
-            sums, most, total, queries_nope, queries_rope, k_nope, k_rope, v, first, mine, full,
+            sums, most, total, nope, rope, k_nope, k_rope, v, of_keys, mine, full,
             whole, head, row, at, end, c, BLOCK_N, N, R, V, True, DOCUMENTS, False,
         )  # fmt: skip
     sums, most, total = walk(
-        sums, most, total, queries_nope, queries_rope, k_nope, k_rope, v, first, mine, whole, end,
+        sums, most, total, nope, rope, k_nope, k_rope, v, of_keys, mine, whole, end,
         head, row, at, end, c, BLOCK_N, N, R, V, CAUSAL, DOCUMENTS, True,
     )  # fmt: skip
 
@@ -189,26 +185,28 @@ def forward(
     if 0 in lse.shape:
         return o, lse
     tile = chosen(T, S, (N, R, V), v.itemsize, card)
-    documents = None if mask is None else mask.documents
-    wide_q, wide_k, wide_v = map(padded, (N, R, V))
+    wide = tuple(map(padded, (N, R, V)))
     of_queries, of_keys = tile.BLOCK_M, tile.BLOCK_N
+    first = None  # of each token's document: its number, as good as any, and where keys begin
+    if mask is not None and mask.documents is not None:
+        first = described(spans(mask.documents)[0])
     with torch.cuda.device_of(v):  # Triton launches on the current GPU
         prefill[(ceil_div(T, of_queries), H, B)](
             by_head(q_nope, of_queries), by_head(q_rope, of_queries), by_head(k_nope, of_keys),
-            TensorDescriptor.from_tensor(described(k_rope), [1, of_keys, wide_k]),
+            TensorDescriptor.from_tensor(described(k_rope), [1, of_keys, wide[1]]),
             by_head(v, of_keys), by_head(o, of_queries), lse,
             None if mask is None else mask.start,
-            None if documents is None else spans(documents)[0],
-            scale * LOG2_E, T, S, of_queries, of_keys, wide_q, wide_k, wide_v,
-            mask is not None, documents is not None,
+            None if first is None else TensorDescriptor.from_tensor(first, [1, of_queries]),
+            None if first is None else TensorDescriptor.from_tensor(first, [1, of_keys]),
+            scale * LOG2_E, T, S, of_queries, of_keys, *wide, mask is not None, first is not None,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return o, lse
 
 
 def chosen(T: int, S: int, widths: Widths, itemsize: int, card: Card) -> Tile:
-    """Return the tile that a launch uses: tuned for BF16 and FP16, else by the rule of thumb."""
-    tuned = configs.find("mla_prefill.Tile", (T, *widths), card) if itemsize == 2 else None
+    """Return the tile that a launch uses: the tuned one, else the rule of thumb's."""
+    tuned = configs.find("mla_prefill.Tile", (T, *widths, itemsize), card)
     return Tile(**tuned) if tuned else rule_of_thumb(T, S, widths, itemsize, card)
 
 
@@ -262,6 +260,7 @@ def attend_expanded(
     card = cards.card(_NAME, *inputs, *(x for x in (start, documents) if x is not None))
     _check(inputs, start, documents, scale)
     dtype = _common(inputs)
+    start = start if start is None else start.contiguous()  # one number for all rows is often spread
     return _Attend.apply(*(x.to(dtype) for x in inputs), start, documents, scale, card)
 
 
