@@ -36,14 +36,21 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from minids_kernels import cards, configs
 from minids_kernels.cards import Card
 from minids_kernels.latent import Causal, Step, Traffic, spans
-from minids_kernels.softmax import LOG2_E, described, empty, finish, grow, padded
+from minids_kernels.softmax import (
+    LOG2_E,
+    Widths,
+    by_head,
+    described,
+    empty,
+    finish,
+    grow,
+    padded,
+)  # fmt: skip
 from minids_kernels.tiles import by_four_warps, ceil_div
 
 _NAME = "attend_expanded"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST = 65535  # of a grid's second and third axis
-
-Widths = tuple[int, int, int]  # N, R, V
 
 
 class Tile(NamedTuple):
@@ -210,12 +217,6 @@ def chosen(T: int, S: int, widths: Widths, itemsize: int, card: Card) -> Tile:
     return Tile(**tuned) if tuned else rule_of_thumb(T, S, widths, itemsize, card)
 
 
-def by_head(x: Tensor, rows: int) -> TensorDescriptor:
-    """Describe [B, T, H, N] for loads of so many rows of one head."""
-    x = described(x).transpose(1, 2)
-    return TensorDescriptor.from_tensor(x, [1, 1, rows, padded(x.shape[-1])])
-
-
 class _Attend(torch.autograd.Function):
     """Keep what the backward kernels read: the inputs, the output and its log-sum-exp."""
 
@@ -260,7 +261,9 @@ def attend_expanded(
     card = cards.card(_NAME, *inputs, *(x for x in (start, documents) if x is not None))
     _check(inputs, start, documents, scale)
     dtype = _common(inputs)
-    start = start if start is None else start.contiguous()  # one number for all rows is often spread
+    start = (
+        start if start is None else start.contiguous()
+    )  # one number for all rows is often spread
     return _Attend.apply(*(x.to(dtype) for x in inputs), start, documents, scale, card)
 
 

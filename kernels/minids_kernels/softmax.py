@@ -15,11 +15,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LEAST_BLOCK = 16  # of `tl.dot`, and 16 bytes of any dtype
 _ALIGNED = 16  # bytes: what a descriptor's base and strides are multiples of
+
+
+Widths = tuple[int, int, int]  # N, R, V: of attention that is not absorbed
 
 
 @triton.jit
@@ -47,13 +51,16 @@ def padded(width: int) -> int:
     return max(_LEAST_BLOCK, 1 << (width - 1).bit_length())
 
 
-def described(x: Tensor) -> Tensor:
-    """Return x if descriptors can describe it, else a copy that they can."""
+def describable(x: Tensor) -> bool:
+    """Say whether descriptors can describe x as it lies."""
     steps = x.stride()[:-1]  # a step of 0 would be legal, but is promised by nobody
     even = all(step > 0 and step * x.itemsize % _ALIGNED == 0 for step in steps)
-    if even and x.stride(-1) == 1 and x.data_ptr() % _ALIGNED == 0:
-        return x
-    return empty(tuple(x.shape), x).copy_(x)
+    return even and x.stride(-1) == 1 and x.data_ptr() % _ALIGNED == 0
+
+
+def described(x: Tensor) -> Tensor:
+    """Return x if descriptors can describe it, else a copy that they can."""
+    return x if describable(x) else empty(tuple(x.shape), x).copy_(x)
 
 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -61,3 +68,9 @@ def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     *outer, width = shape
     stored = width + -width % (_ALIGNED // like.itemsize)
     return torch.empty((*outer, stored), dtype=like.dtype, device=like.device)[..., :width]
+
+
+def by_head(x: Tensor, rows: int) -> TensorDescriptor:
+    """Describe [B, T, H, N] for loads of so many rows of one head."""
+    x = described(x).transpose(1, 2)
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, padded(x.shape[-1])])
