@@ -16,7 +16,7 @@ class Verdict(NamedTuple):
 
     text: str
     right: bool
-    error: float | None = None  # relative norm against FP64 of the same quantised inputs
+    error: float | None = None  # relative norm against FP64 of the same inputs
 
 
 class Goal(NamedTuple):
@@ -25,24 +25,34 @@ class Goal(NamedTuple):
     measure: str
     at_least: float
     peer: str = ""
+    instead: "Goal | None" = None  # to reach this one is enough, too
 
     def judge(self, row: "Row") -> dict[str, Any]:
-        """Return the goal in words, the value that the row reached, and whether that suffices."""
-        words = {
+        """Return the goal in words, the value that the row reached, and whether that suffices.
+
+        Of two goals the one that is nearer to being reached comes first, and is the value's.
+        """
+        value, words = self._value(row), f"{self.at_least:g} {self._unit()}"
+        if self.instead is not None:
+            other = self.instead.judge(row)
+            theirs = other["value"]
+            if theirs is not None and theirs / self.instead.at_least > (value or 0) / self.at_least:
+                return other | {"goal": f"{other['goal']} (or {words})"}
+            words = f"{words} (or {other['goal']})"
+        reached = None if value is None else value >= self.at_least
+        return {"goal": words, "value": value, "reached": reached}
+
+    def _value(self, row: "Row") -> float | None:
+        return row.ratio(self.peer) if self.measure == "ratio" else getattr(row, self.measure)
+
+    def _unit(self) -> str:
+        return {
             "tflops": "TFLOP/s",
+            "tb_s": "TB/s",
             "percent_of_copy": "% of the measured copy",
             "percent_of_bandwidth": "% of the datasheet's bandwidth",
             "ratio": f"x {self.peer}",
-        }
-        if self.measure == "ratio":
-            value = row.ratio(self.peer)
-        else:
-            value = getattr(row, self.measure)
-        return {
-            "goal": f"{self.at_least:g} {words[self.measure]}",
-            "value": value,
-            "reached": None if value is None else value >= self.at_least,
-        }
+        }[self.measure]
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Case:
     job: str
     name: str
     work: Work
-    inputs: Callable[[str], tuple]  # from a device: tensors and Scaled
+    inputs: Callable[[str], tuple]  # from a device: tensors and tuples of them
     sides: dict[str, Prepare]
     check: Callable[..., Verdict] | None = None  # of a result and the inputs it came from
     goals: tuple[Goal, ...] = ()

@@ -6,7 +6,10 @@ measured ceiling, by what a copy and a plain product reached in the same run.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from minids_kernels.bench.shapes import Attention
 
 GROUP = 128  # values that share a scale, along one axis or two
 _SCALE_BYTES = 4
@@ -70,6 +73,38 @@ def quantisation(
     scales = sum(math.ceil(rows / r) * math.ceil(cols / c) for r, c in groups)
     copies = len(groups) * write_bytes
     return Work((read_bytes + copies) * rows * cols + _SCALE_BYTES * scales)
+
+
+def causal_pairs(lengths: Iterable[int]) -> int:
+    """Return how many keys all queries of these texts see: their own and those before."""
+    return sum(n * (n + 1) // 2 for n in lengths)
+
+
+def prefill(tokens: int, pairs: int, sizes: Attention) -> Work:
+    """BF16 attention over expanded keys: scores, then values; the rotary key is read once."""
+    heads, nope, rope, value, _ = sizes
+    numbers = tokens * (heads * (2 * nope + rope + 2 * value) + rope)
+    return Work(2 * numbers, 2 * pairs * heads * (nope + rope + value), "bf16_tflops")
+
+
+def prefill_backward(tokens: int, pairs: int, sizes: Attention) -> Work:
+    """Its gradients: scores once more, then those of weights, values, keys and queries.
+
+    Every input and its gradient, the output and its gradient, the FP32 log-sum-exp.
+    """
+    heads, nope, rope, value, _ = sizes
+    numbers = tokens * (heads * (4 * nope + 2 * rope + 4 * value) + 2 * rope)
+    products = 3 * (nope + rope) + 2 * value
+    return Work(2 * numbers + 4 * tokens * heads, 2 * pairs * heads * products, "bf16_tflops")
+
+
+def latent_decode(lengths: Sequence[int], queries: int, sizes: Attention) -> Work:
+    """BF16 attention of each row's last tokens to its latents, which are read once."""
+    heads, key, value = sizes.heads, sizes.latent + sizes.rope, sizes.latent
+    pairs = sum(max(0, n - t) for n in lengths for t in range(queries))
+    of_queries = len(lengths) * queries * heads * (key + value)  # read, and results
+    operations = 2 * pairs * heads * (key + value)
+    return Work(2 * (sum(lengths) * key + of_queries), operations, "bf16_tflops")
 
 
 def _groups(length: int) -> int:

@@ -1,9 +1,18 @@
 """The jobs by name: each is a file of this folder with a function that yields its cases."""
 
-from minids_kernels.bench import ceilings, decode, gemm, quantise, wgrad
+from minids_kernels.bench import (
+    ceilings,
+    decode,
+    gemm,
+    mla_backward,
+    mla_decode,
+    mla_prefill,
+    quantise,
+    wgrad,
+)
 from minids_kernels.bench.case import Cases
 
+_FP8 = (quantise, decode, wgrad, gemm)
+_ATTENTION = (mla_decode, mla_prefill, mla_backward)
 # in the order in which they run; in each the smallest cases come first and the largest are dropped
-JOBS: dict[str, Cases] = {
-    module.JOB: module.cases for module in (ceilings, quantise, decode, wgrad, gemm)
-}
+JOBS: dict[str, Cases] = {module.JOB: module.cases for module in (ceilings, *_FP8, *_ATTENTION)}

@@ -17,9 +17,11 @@ PEER_ERROR = 1e-2  # of a peer that counts: BF16 products round their operands t
 HOW_TO_READ = """\
 Times are medians, ± the 80th less the 20th percentile of all repeats, each side timed twice, on
 random numbers, caches cold, clocks warm. The floor is the least time by the card's datasheet; the
-ceiling is the least time by the copy and the plain FP8 product measured in this run. A ratio is a
-peer's time over ours: above 1 we are faster. Errors are relative norms against FP64 on the same
-quantised inputs; rounding to BF16 alone gives 1.7e-3. "bit-equal" is with the reference."""
+ceiling is the least time by the copy and the plain product (FP8, or BF16 for attention) measured in
+this run. A ratio is a peer's time over ours: above 1 we are faster. Errors are relative norms
+against FP64 on the same inputs; rounding to BF16 alone gives 1.7e-3. "bit-equal" is with the
+reference. What a peer wants laid out otherwise (keys beside their rotary part, latents out of their
+pages) is laid out once and not timed."""
 
 
 def save(report: Report, folder: Path) -> None:
@@ -110,7 +112,7 @@ def goal_text(judged: dict[str, Any]) -> str:
     """Return a goal, what was reached, and whether that is enough."""
     if judged["reached"] is None:
         return f"{judged['goal']}: not measured"
-    digits = 2 if judged["goal"].partition(" ")[2].startswith("x") else 0
+    digits = 2 if judged["goal"].partition(" ")[2].startswith(("x", "TB/s")) else 0
     answer = "reached" if judged["reached"] else "NOT reached"
     return f"{judged['goal']}: {judged['value']:.{digits}f}, {answer}"
 

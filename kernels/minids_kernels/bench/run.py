@@ -143,9 +143,8 @@ def summarise(side: Side, rounds: Sequence[Sequence[float]]) -> None:
 
 def duplicate(inputs: tuple) -> tuple:
     """Return copies in memory of their own."""
-    return tuple(
-        x.clone()
-        if isinstance(x, Tensor)
-        else x._replace(values=x.values.clone(), scale=x.scale.clone())
+    parts = [
+        x.clone() if isinstance(x, Tensor) else duplicate(x) if isinstance(x, tuple) else x
         for x in inputs
-    )
+    ]
+    return tuple(parts) if type(inputs) is tuple else type(inputs)(*parts)

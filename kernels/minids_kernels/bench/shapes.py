@@ -1,4 +1,4 @@
-"""The weights of DeepSeek-V3 that are multiplied in FP8, as outputs x inputs, in rising size."""
+"""Sizes of DeepSeek-V3: weights that are multiplied in FP8, outputs x inputs; its attention."""
 
 from typing import NamedTuple
 
@@ -23,3 +23,20 @@ WEIGHTS = (
     Weight("down", 7168, 18432),
     Weight("gate + up", 36864, 7168),
 )
+
+
+class Attention(NamedTuple):
+    """Heads and widths of latent attention."""
+
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    latent: int
+
+    @property
+    def scale(self) -> float:
+        return (self.nope + self.rope) ** -0.5
+
+
+V3 = Attention(heads=128, nope=128, rope=64, value=128, latent=512)
