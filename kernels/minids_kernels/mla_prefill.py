@@ -45,7 +45,7 @@ from minids_kernels.softmax import (
     finish,
     grow,
     padded,
-)  # fmt: skip
+)
 from minids_kernels.tiles import by_four_warps, ceil_div
 
 _NAME = "attend_expanded"
@@ -299,7 +299,7 @@ def _check(
         if x is not None and (tuple(x.shape) != shape or x.dtype not in (torch.int32, torch.int64)):
             raise ValueError(
                 f"{_NAME}: {name} must be {shape} in int32 or int64, got {tuple(x.shape)} in "
-                f"{x.dtype}"
+                f"{x.dtype}: cast it"
             )
     if documents is not None and T != S:
         raise ValueError(f"{_NAME}: documents need as many queries as keys, got {T} and {S}")
