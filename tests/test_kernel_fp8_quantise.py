@@ -77,7 +77,8 @@ def test_example_by_hand():
 @pytest.mark.parametrize("name", SPECIAL)
 def test_equals_reference_for_special_numbers(name, group, device):
     for n, dtype in enumerate(DTYPES):
-        x = special(name, 130 if group != TILE else 9, 130, dtype, device)
+        rows, cols = (9, 130) if group == TILE else (130, 60)
+        x = special(name, rows, cols, dtype, device)
         how = (group, FORMATS[(n + len(name)) % 2])
         assert is_equal(quantise(x, *how), groups.quantise(x.cpu(), *how)), dtype
 
@@ -207,7 +208,7 @@ def without_fp8(kernel, *tensors):
 def test_cards_without_fp8_write_the_same_bytes(device, monkeypatch):
     monkeypatch.setattr(cards, "card", without_fp8)
     for name in ("ties", "any bits", "edge of E4M3", "subnormals"):
-        x = special(name, 130, 130, torch.float32, device)
+        x = special(name, 130, 60, torch.float32, device)
         first, second = quantise_twice(x, TILE, COLUMN)
         assert is_equal(first, groups.quantise(x.cpu())), name
         assert is_equal(second, groups.quantise(x.cpu(), COLUMN).mT), name
@@ -299,9 +300,10 @@ def test_reciprocal_is_rounded_to_nearest(step, device):
 
 @pytest.mark.parametrize("step", EXHAUSTIVE)
 def test_scale_is_the_quotient_by_448(step, device):
+    """All mantissas at the least scales; where none is rounded twice, every 16th is as good."""
     m = mantissas(step)
     for exponent in (-117, 0, 127):
-        x = m * 2.0**exponent
+        x = (m if exponent < 0 or device != "cpu" else m[::16]) * 2.0**exponent
         x = x.where(x >= 448 * 2.0**-126, 1.0)
         assert torch.equal(arithmetic("scale", x, device=device), x / 448)
 

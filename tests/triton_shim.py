@@ -115,9 +115,11 @@ _numpys_fma = InterpreterBuilder.create_fma
 
 def _odd(near: np.ndarray, missing: np.ndarray) -> np.ndarray:
     """Where something is missing, take the neighbour towards it whose last bit is odd."""
-    bits = near.view(f"int{8 * near.itemsize}")
-    away = np.nextafter(near, np.where(missing > 0, np.inf, -np.inf).astype(near.dtype))
-    return np.where(((missing > 0) | (missing < 0)) & (bits % 2 == 0), away, near)
+    even = near.view(f"int{8 * near.itemsize}") & 1 == 0
+    moved = ((missing > 0) | (missing < 0)) & even
+    side = np.copysign(near.dtype.type(np.inf), missing[moved])
+    near[moved] = np.nextafter(near[moved], side, dtype=near.dtype)
+    return near
 
 
 def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
@@ -216,6 +218,18 @@ _np_dtype_of = functools.cache(_get_np_dtype)
 _POINTER = np.dtype(np.uint64)
 
 
+def _type_of_tuple(values: list, fields: list | None = None) -> tl.core.tuple_type:
+    """Make the type of a block's shape once for all blocks of this shape."""
+    sizes = [getattr(x, "value", x) for x in values]
+    if fields is None and all(type(size) is int for size in sizes):
+        return _type_of_shape(*sizes)
+    return _type_of_values(values, fields)
+
+
+_type_of_values = tl.core._type_for_tuple_values
+_type_of_shape = functools.cache(lambda *sizes: _type_of_values(sizes))
+
+
 def _of_builder(names: str, make: Callable[[str], Callable]) -> dict[tuple[Any, str], Callable]:
     return {
         (InterpreterBuilder, f"create_{name}"): make(f"create_{name}") for name in names.split()
@@ -246,6 +260,7 @@ MENDED: dict[tuple[Any, str], Callable] = {
 SHORTCUTS: dict[tuple[Any, str], Callable] = {
     (interpreter, "_patch_lang"): _patch_lang,
     (interpreter, "_get_np_dtype"): _np_dtype,
+    (tl.core, "_type_for_tuple_values"): _type_of_tuple,
     (TritonSemantic, "binary_op_sanitize_overflow_impl"): _no_verdict,
 }
 
