@@ -102,9 +102,9 @@ def compile_calls(
         job = [module, function, list(calls), capability, list(map(os.path.abspath, sys.path))]
         compiler.stdin.write(json.dumps([folder, job]) + "\n")
         compiler.stdin.flush()
-        failed = compiler.stdout.readline().strip() != "0"
+        status = compiler.stdout.readline().strip()
         words = Path(folder, "words").read_text() if Path(folder, "words").exists() else ""
-        assert not failed, f"{module}.{function} did not compile:\n{words[-4000:]}"
+        assert status == "0", f"{module}.{function} did not compile ({status}):\n{words[-4000:]}"
         launches = json.loads(Path(folder, "launches").read_text())
     return [
         [Compiled(*fields[:-1], capability=tuple(fields[-1])) for fields in call]
