@@ -71,7 +71,7 @@ gpu:  ## test and time the kernels on this machine's NVIDIA GPU: OUT=folder for 
 	timeout -s INT -k 20 210 $(GPU_PY) -m pytest -m gpu $(GPU_TESTS) $$jobs -o addopts=-ra -W default \
 	  -p no:cacheprovider --junitxml="$(OUT)/gpu-tests.xml" > "$(OUT)/gpu-tests.log" 2>&1 || status=1; \
 	tail -n 12 "$(OUT)/gpu-tests.log"; \
-	$(GPU_PY) -m minids_kernels.bench --out "$(OUT)" --seconds 270 || status=1; \
+	$(GPU_PY) -m minids_kernels.bench --out "$(OUT)" --seconds 280 || status=1; \
 	exit $$status
 
 run-book: venv  ## run the chapters again and keep what they print

@@ -1,6 +1,6 @@
 """Time every config that a kernel's file lists, and keep those that beat its rule of thumb.
 
-Where two cases share a row of the table, the later one, which has more rows, decides.
+Where two cases share a row of the table, the later one, which has more to do, decides.
 """
 
 import json
