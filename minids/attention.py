@@ -34,7 +34,10 @@ def causal_mask(
 
 
 class Causal(NamedTuple):
-    """The same in numbers, for kernels, which store no mask: query t of row b is at start_b + t."""
+    """The same in numbers, for kernels, which store no mask: query t of row b is at start_b + t.
+
+    With documents, queries and keys are the same tokens: T = S and start is 0.
+    """
 
     start: Int[Tensor, " B"]
     documents: Int[Tensor, "B S"] | None = None

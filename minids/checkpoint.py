@@ -21,6 +21,7 @@ from minids.files.hf import to_hf
 from minids.files.opened import CONFIG, DTYPES, check_device, dtype_of, open_checkpoint
 from minids.files.scaled import read_value, written, written_bytes
 from minids.files.shards import FP8, INDEX, deal, slots
+from minids.impl import use
 from minids.model import Transformer
 from minids.rope import frequencies
 from minids.tokenizer import save_tokenizer
@@ -75,18 +76,20 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     allow_nonfinite: bool = False,
+    impl: str = "torch",
 ) -> Transformer:
     """Return the model of a folder, in eval mode and in `dtype` (None: as stored, FP8 as BF16).
 
     FP8 weights are multiplied by their scales in FP32 and rounded once, to `dtype`; the router's
     bias is always FP32. Config and headers are checked before memory is taken, values as each
     tensor is read. Raises ValueError or FileNotFoundError with the file and what is wrong in it.
-    Nothing is unpickled. Call `.train()` to go on training.
+    Nothing is unpickled. Call `.train()` to go on training. `impl` as of Transformer.
     """
     wanted = None if dtype is None else dtype_of(dtype, "fp32", "bf16")
     check_device(device)
     with ExitStack() as stack:
         model, found, stored = open_checkpoint(folder, stack)
+        use(model, impl)
         _allocate(model, wanted or (torch.bfloat16 if stored == FP8 else stored), device)
         _read_values(model, found, stored, allow_nonfinite)
     return model.eval()

@@ -21,6 +21,7 @@ def use(model: nn.Module, impl: str) -> None:
     """
     from minids.linear import Linear
     from minids.mla import MLA
+    from minids.model import Transformer
     from minids.moe import Experts
 
     if impl not in IMPLS:
@@ -32,9 +33,9 @@ def use(model: nn.Module, impl: str) -> None:
         if isinstance(module, Linear) and module.recipe is not None:
             module.recipe = module.recipe._replace(impl=impl)
             n_switched += 1
-        elif isinstance(module, MLA):
+        elif isinstance(module, MLA | Transformer):
             module.impl = impl
-            n_switched += 1
+            n_switched += isinstance(module, MLA)
         elif isinstance(module, Experts):
             into, out = (how and how._replace(impl=impl) for how in module.recipes)
             module.recipes = into, out

@@ -3,7 +3,7 @@
 Paper   DeepSeek-V3 (arXiv:2412.19437), section 2.1.1, Eqs. 1-11;
         absorbed form: DeepSeek-V2 (arXiv:2405.04434), 2.1.2.
 Dims    B batch, T queries, S keys, D width, H heads, N R V head widths, C KV and Q query latent.
-Book    book/04_mla.ipynb, book/05_absorb.ipynb   Kernel  none
+Book    book/04_mla.ipynb, book/05_absorb.ipynb   Kernel  minids_kernels/mla_{prefill,decode}.py
 Differs two pairs of matrices are stored as one, as in DeepSeek's release: W^DKV, W^KR (`w_dkv`),
         W^UQ with W^QR (`w_uq`, head by head), W^UK with W^UV (`w_ukv`, head by head).
         Both latents are normalised (section 4.2; not in the equations), the rotary key is not.

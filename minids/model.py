@@ -57,7 +57,7 @@ class Transformer(nn.Module):
         depths = range(cfg.n_layers, cfg.n_layers + cfg.mtp_depth)
         self.mtp = nn.ModuleList(MTP(cfg, Block(cfg, index)) for index in depths)
         self.freq = nn.Buffer(frequencies(cfg), persistent=False)
-        self.impl = impl
+        self.impl = "torch"
         use(self, impl)
         self.initialise(seed)
 

@@ -10,14 +10,13 @@ from minids_kernels import cards
 from small_models import BASE, CONFIGS, drawn
 from torch import Tensor
 
-from minids import Config, Transformer, generate, preset
+from minids import Config, Transformer, generate, load, preset, save
 from minids.cache import Cache
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 # of the oracle's tests: FP32 sums in another order, through a few layers
 TOLERANCE = 1e-5
-WITH_DRAFTS = [name for name, changes in CONFIGS.items() if (BASE | changes)["mtp_depth"]]
 # the model itself has BF16 weights: every product is rounded, p and o once more
 ROUNDED = 2e-2
 
@@ -84,7 +83,7 @@ def test_losses_and_gradients(name, device, calls):
     losses = []
     for model in (by_torch, by_kernels):
         model.zero_grad()
-        losses.append(model.losses(tokens))
+        losses.append(model.losses(tokens[:1]))
         losses[-1].total(mtp_weight=0.3).backward()
     cfg, (theirs, ours) = by_kernels.cfg, losses
     assert calls == dict(attend_expanded=cfg.n_layers + cfg.mtp_depth)
@@ -99,21 +98,20 @@ def test_losses_and_gradients(name, device, calls):
 def test_documents_do_not_see_each_other(device):
     """Packed rows, documents of unequal length, a number that comes again."""
     by_torch, by_kernels, tokens = pair("two_shared_mtp_2", device)
-    mask = torch.tensor([[4] * 3 + [1] * 8 + [2] * 10, [0] * 6 + [9] * 6 + [0] * 9]).to(device)
-    with torch.no_grad():
-        want, got = (model(tokens, mask=mask) for model in (by_torch, by_kernels))
-    assert gap(got, want) <= TOLERANCE
+    tokens = tokens[:, :16]
+    mask = torch.tensor([[4] * 4 + [1] * 5 + [2] * 7, [0] * 5 + [9] * 6 + [0] * 5]).to(device)
     grads = []
     for model in (by_torch, by_kernels):
         model.zero_grad()
         model.losses(tokens, mask=mask).total(mtp_weight=0.3).backward()
         grads.append([weight.grad for weight in model.parameters()])
-    for mine, other in zip(*grads, strict=True):
-        assert gap(other, mine) <= TOLERANCE
+    for theirs, ours in zip(*grads, strict=True):
+        assert gap(ours, theirs) <= TOLERANCE
 
 
 def test_recomputing_in_backward_changes_nothing(device):
-    _, model, tokens = pair("v3", device)
+    model = Transformer(preset("toy", n_layers=1, mtp_depth=0), impl="triton").to(device)
+    tokens = torch.randint(32, (1, 7), generator=torch.Generator().manual_seed(0)).to(device)
     grads = []
     for recompute in (False, True):
         model.zero_grad()
@@ -123,8 +121,10 @@ def test_recomputing_in_backward_changes_nothing(device):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", WITH_DRAFTS)
-@pytest.mark.parametrize("draft", [None, "mtp"])
+@pytest.mark.parametrize(
+    ("name", "draft"),
+    [("dense", None), ("v3", "mtp"), ("two_shared_mtp_2", "mtp"), ("yarn_mtp_2", "mtp")],
+)
 def test_generation(name, draft, device, calls):
     """The same words, drafts kept and refused alike; rows of unequal prompts."""
     by_torch, by_kernels, tokens = pair(name, device)
@@ -193,6 +193,17 @@ def test_absorbing_without_pages_is_refused(device):
     x = torch.randn(2, 4, model.cfg.dim, device=device)
     with pytest.raises(ValueError, match="attend_latent"):
         model.layers[0].attn(x, phase, visible, absorb=True)
+
+
+def test_a_saved_model_is_loaded_for_kernels(tmp_path, device, calls):
+    by_torch, _, tokens = pair("v3", device)
+    save(by_torch, tmp_path / "model")
+    loaded = load(tmp_path / "model", device, impl="triton")
+    with torch.no_grad():
+        assert gap(loaded(tokens[:1, :5]), by_torch(tokens[:1, :5])) <= TOLERANCE
+    assert calls == dict(attend_expanded=by_torch.cfg.n_layers)
+    with pytest.raises(ValueError, match="impl must be one of 'torch', 'triton', got 'cuda'"):
+        load(tmp_path / "model", device, impl="cuda")
 
 
 def test_other_attention_than_mla_keeps_torch_and_its_masks(device, calls):

@@ -58,10 +58,14 @@ NO_KERNEL = {
     "tiles": "device functions; tested through the kernels of fp8_matmul",
 }
 # a test of kernels without a kernel of its own, with the reason
-NO_KERNEL_FILE = {"harness": "the tools of the kernels' tests", "bench": "the benchmark"}
+NO_KERNEL_FILE = {
+    "harness": "the tools of the kernels' tests",
+    "bench": "the benchmark",
+    "models": "whole models that compute by kernels",
+}
 KERNEL_LINES = 400
 KERNELS_IMPORT = {"torch", "triton", "minids_kernels"}  # a kernel can be taken along alone
-BENCH_IMPORTS = KERNELS_IMPORT | {"minids", "numpy", "tqdm", "typer"}
+BENCH_IMPORTS = KERNELS_IMPORT | {"einops", "minids", "numpy", "tqdm", "typer"}
 LABELS = ["Paper", "Dims", "Book", "Kernel"]
 MOVES = {"view", "reshape", "permute", "transpose", "unsqueeze", "squeeze"}
 

@@ -59,6 +59,7 @@ Model = Annotated[Path, typer.Argument(help="Folder of a saved model.")]
 Named = Annotated[str, typer.Argument(help="A preset, or a config.json or the folder of one.")]
 Corpus = Annotated[str, typer.Option(help="stdlib, a text file or folder, or hf:NAME.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+Impl = Annotated[str, typer.Option(help="torch, or triton: kernels, on a GPU.")]
 Seed = Annotated[int, typer.Option(help="Same seed and machine: same numbers.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -142,7 +143,7 @@ def _train(
     device: Device = "cpu",
     save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 100,
     recompute: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
-    impl: Annotated[str, typer.Option(help="torch, or triton: for FP8 on a GPU.")] = "torch",
+    impl: Impl = "torch",
 ) -> None:
     """Train a new model; stopped at any moment, the same command goes on from its last state."""
     from minids.learn.tour import save_plot
@@ -185,9 +186,10 @@ def _generate(
     draft: Annotated[bool | None, typer.Option(help="Let MTP guess ahead, if it can.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    impl: Impl = "torch",
 ) -> None:
     """Write text as it is made, then say how fast and how many guesses were right."""
-    model, tokenizer = load(folder, device), load_tokenizer(folder)
+    model, tokenizer = load(folder, device, impl=impl), load_tokenizer(folder)
     guess = "mtp" if draft or (draft is None and model.cfg.mtp_depth) else None
     ids = torch.tensor(
         [[BOS, *tokenizer.encode(prompt, add_special_tokens=False).ids]], device=device
