@@ -450,8 +450,8 @@ def test_rule_of_thumb_by_hand():
     assert rule_of_thumb(65, 65, PUBLISHED, 2, hopper) == largest
     assert rule_of_thumb(4096, 64, PUBLISHED, 2, hopper) == deep
     assert rule_of_thumb(64, 4096, PUBLISHED, 2, hopper) == small
-    assert rule_of_thumb(4096, 4096, (256, 64, 256), 2, hopper) == small
-    assert rule_of_thumb(4096, 4096, (512, 64, 512), 2, hopper) == of_registers
+    assert rule_of_thumb(4096, 4096, (512, 64, 128), 2, hopper) == of_registers
+    assert rule_of_thumb(4096, 4096, (128, 64, 256), 2, hopper) == of_registers
     assert rule_of_thumb(4096, 4096, PUBLISHED, 4, hopper) == of_fp32
     assert rule_of_thumb(4096, 4096, PUBLISHED, 2, card_of((8, 0))) == of_registers
     assert rule_of_thumb(4096, 4096, PUBLISHED, 2, card_of((10, 0))) == largest
@@ -571,30 +571,22 @@ BUGS = {
         "keys[None, :] <= at[:, None]",
         "keys[None, :] <= at[:, None] + 1",
     ),
-    "a query does not see itself": (
-        "keys[None, :] <= at[:, None]",
-        "keys[None, :] < at[:, None]",
-    ),
+    "a query does not see itself": ("keys[None, :] <= at[:, None]", "keys[None, :] < at[:, None]"),
     "one tile too many carries no mask": (
         "where + m + 1, S), 0)",
         "where + m + BLOCK_N + 1, S), 0)",
     ),
-    "the tile in which a row ends is left out": (
-        "v, of_keys, mine, whole, end,",
-        "v, of_keys, mine, whole, whole,",
+    "the masked tiles are left out": ("mine, full, end,\n", "mine, full, full,\n"),
+    "the last tile is left out": (
+        "mine, full, end,\n",
+        "mine, full, end // BLOCK_N * BLOCK_N,\n",
     ),
-    "the diagonal is left out": (
-        "mine, full,\n            whole, head",
-        "mine, full,\n            full, head",
-    ),
+    "the tiles without a mask are left out": ("mine, begin, full,\n", "mine, begin, begin,\n"),
     "NaN behind the end meets a weight of 0": (
         "tl.where((keys < end)[:, None], values, 0.0)",
         "values",
     ),
-    "keys behind the last one count": (
-        "tl.where((keys < end)[None, :], score, -float(\"inf\"))",
-        "score",
-    ),
+    "keys behind the last one count": ("(keys < end)[None, :]\n", "(keys >= 0)[None, :]\n"),
     "the end is that of rows that do not exist": (
         "tl.minimum(m + BLOCK_M, T), S)",
         "m + BLOCK_M, S)",
@@ -648,7 +640,7 @@ BUGS = {
         "of_row, mask=queries < T - 1)",
     ),
     "a row sees, where none is promised": (
-        "not (DIAGONAL or DOCUMENTS or ENDS)",
+        "not (MASKED or DOCUMENTS)",
         "True",
     ),
 }  # fmt: skip
@@ -725,8 +717,7 @@ def _call(tile=None, kind="causal", dtype="bfloat16", tokens=4096, widths=PUBLIS
 def test_hopper_runs_every_candidate_from_registers():
     """No spills, wgmma of all three products, bulk copies in and out, and as many as counted."""
     largest, deep, small, of_registers, of_fp32 = CANDIDATES
-    wgmma = [_call(largest), _call(largest, "documents"), _call(deep), _call(small),
-             _call(widths=(256, 64, 256))]  # fmt: skip
+    wgmma = [_call(largest), _call(largest, "documents"), _call(deep), _call(small)]
     other = [_call(of_registers), _call(of_fp32, dtype="float32")]
     compiled = compile_calls("test_kernel_mla_prefill", "launch", wgmma + other)
     for call, (kernel,) in zip(wgmma + other, compiled, strict=True):

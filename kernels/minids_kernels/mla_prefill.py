@@ -6,9 +6,9 @@ A program holds a tile of one head's queries and walks over keys and values tile
 softmax are in FP32 (softmax.py). The two products of a score are one chain of the tensor cores, so
 192 need not be padded to 256, and the rotary key is read as it lies in the latent, not once a head.
 
-Tiles that all queries of the program see whole carry no mask. Then come those on the diagonal, then
-the one in which the row ends: only there may slots of a cache hold NaN, and their values become 0.
-Documents put one more comparison into every tile, and let the walk begin where the first one does.
+Tiles that all queries of the program see whole come first and carry no mask. Then come those on the
+diagonal, or where the row ends: only there may slots of a cache hold NaN; their values become 0.
+Documents put one comparison into every tile, and let the walk begin where the first of them does.
 
 A token's result does not depend on the rows beside it in the batch: no config is chosen by B.
 
@@ -24,7 +24,7 @@ Book     book/04_mla.ipynb
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minids_kernels import cards, configs
+from minids_kernels import cards, configs, mla_prefill_backward
 from minids_kernels.cards import Card
 from minids_kernels.latent import Causal, Step, Traffic, spans
 from minids_kernels.softmax import (
@@ -90,11 +90,11 @@ def rule_of_thumb(T: int, S: int, widths: Widths, itemsize: int, card: Card) -> 
 
 
 def fits(tile: Tile, widths: Widths, itemsize: int, card: Card) -> bool:
-    """Say whether a tile fits shared memory and, where smaller ones help, the registers."""
+    """Say whether a tile fits shared memory, and what it sums up the registers."""
     N, R, V = map(padded, widths)
     held = tile.BLOCK_M * (N + R) + tile.stages * tile.BLOCK_N * (N + R + V)
     sums = tile.BLOCK_M * (tile.BLOCK_N + V) // (32 * tile.warps)
-    return held * itemsize + 1024 <= card.shared_bytes and (sums <= _SUMS or tile.BLOCK_M <= 64)
+    return held * itemsize + 1024 <= card.shared_bytes and sums <= _SUMS
 
 
 @triton.jit
@@ -102,11 +102,11 @@ def walk(
     sums, most, total, nope, rope, k_nope, k_rope, v, documents, mine, begin, stop,
     head, row, at, end, c,
     BLOCK_N: tl.constexpr, N: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-    DIAGONAL: tl.constexpr, DOCUMENTS: tl.constexpr, ENDS: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of keys from `begin` to `stop` to the sums of queries at the places `at`.
 
-    DIAGONAL: some keys lie behind a query. ENDS: some lie at `end` or behind it.
+    MASKED: some keys lie behind a query, or at `end` or behind it.
     """
     for n in tl.range(begin, stop, BLOCK_N):
         keys = n + tl.arange(0, BLOCK_N)
@@ -114,17 +114,18 @@ def walk(
         score = tl.dot(nope, k.T, input_precision="ieee")
         k = k_rope.load([row, n, 0]).reshape(BLOCK_N, R)
         score = tl.dot(rope, k.T, score, input_precision="ieee")
-        if DIAGONAL:
-            score = tl.where(keys[None, :] <= at[:, None], score, -float("inf"))
+        if MASKED:
+            seen = (keys < end)[None, :]
+            if CAUSAL:
+                seen = seen & (keys[None, :] <= at[:, None])
+            score = tl.where(seen, score, -float("inf"))
         if DOCUMENTS:
             theirs = documents.load([row, n]).reshape(BLOCK_N)
             score = tl.where(theirs[None, :] == mine[:, None], score, -float("inf"))
-        if ENDS:
-            score = tl.where((keys < end)[None, :], score, -float("inf"))
-        SEES: tl.constexpr = not (DIAGONAL or DOCUMENTS or ENDS)
+        SEES: tl.constexpr = not (MASKED or DOCUMENTS)
         weight, factor, most, total = grow(score, most, total, c, SEES)
         values = v.load([row, head, n, 0]).reshape(BLOCK_N, V)
-        if ENDS:  # a weight of 0 would not hide NaN
+        if MASKED:  # a weight of 0 would not hide NaN
             values = tl.where((keys < end)[:, None], values, 0.0)
         weight = weight.to(values.dtype)
         sums = tl.dot(weight, values, sums * factor[:, None], input_precision="ieee")
@@ -153,7 +154,6 @@ def prefill(
         mine = tl.where(queries < T, of_queries.load([row, m]).reshape(BLOCK_M), S)
         begin = tl.min(mine, 0) // BLOCK_N * BLOCK_N
     full = tl.maximum(full // BLOCK_N * BLOCK_N, begin)
-    whole = tl.maximum(end // BLOCK_N * BLOCK_N, full)
 
     nope = q_nope.load([row, head, m, 0]).reshape(BLOCK_M, N)
     rope = q_rope.load([row, head, m, 0]).reshape(BLOCK_M, R)
@@ -162,16 +162,11 @@ def prefill(
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums, most, total = walk(
         sums, most, total, nope, rope, k_nope, k_rope, v, of_keys, mine, begin, full,
-        head, row, at, end, c, BLOCK_N, N, R, V, False, DOCUMENTS, False,
+        head, row, at, end, c, BLOCK_N, N, R, V, False, CAUSAL, DOCUMENTS,
     )  # fmt: skip
-    if CAUSAL:
-        sums, most, total = walk(
-            sums, most, total, nope, rope, k_nope, k_rope, v, of_keys, mine, full,
-            whole, head, row, at, end, c, BLOCK_N, N, R, V, True, DOCUMENTS, False,
-        )  # fmt: skip
     sums, most, total = walk(
-        sums, most, total, nope, rope, k_nope, k_rope, v, of_keys, mine, whole, end,
-        head, row, at, end, c, BLOCK_N, N, R, V, CAUSAL, DOCUMENTS, True,
+        sums, most, total, nope, rope, k_nope, k_rope, v, of_keys, mine, full, end,
+        head, row, at, end, c, BLOCK_N, N, R, V, True, CAUSAL, DOCUMENTS,
     )  # fmt: skip
 
     divisor, of_row = finish(most, total)
@@ -231,12 +226,10 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do):
-        from minids_kernels import mla_prefill_backward
-
-        *tensors, start, documents = ctx.saved_tensors
+    def backward(ctx: Any, do: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        *kept, start, documents = ctx.saved_tensors
         mask = None if start is None else Causal(start, documents)
-        found = mla_prefill_backward.gradients(do, *tensors, mask, ctx.scale)
+        found = mla_prefill_backward.gradients(do, *kept, mask=mask, scale=ctx.scale)
         return (*found, None, None, None, None)
 
 
