@@ -554,6 +554,26 @@ def test_shortcuts_of_the_shim_save_calls():
             assert calls_in(loops_well) > least, f"triton is as quick without {name}: delete it"
 
 
+@only_interpreted
+def test_shortcuts_of_the_shim_give_the_same():
+    from triton.runtime import interpreter
+    from triton_shim import shimmed
+
+    kinds = [tl.int1, tl.int64, tl.bfloat16, tl.float8e4nv, tl.float32, tl.pointer_type(tl.int8)]
+    kinds += [tl.block_type(kind, [8]) for kind in kinds]
+    tuples = [[], [1, 64], [tl.constexpr(1), tl.constexpr(64)], [1.0, tl.float32]]
+
+    def found() -> tuple[list, list[str]]:
+        dtypes = [interpreter._get_np_dtype(kind) for kind in kinds]
+        return dtypes, [str(tl.core._type_for_tuple_values(x)) for x in tuples]
+
+    with shimmed():
+        mended = found()
+    for name in ("_get_np_dtype", "_type_for_tuple_values"):
+        with shimmed(without=name):
+            assert found() == mended, name
+
+
 # Ring 2: the compiler
 
 
