@@ -187,6 +187,22 @@ def test_a_cache_without_pages_is_expanded(device, calls):
     assert calls == dict(attend_expanded=2 * by_kernels.cfg.n_layers)
 
 
+def test_many_tokens_behind_pages_are_expanded(device, calls, monkeypatch):
+    """As a long prompt's second part is: latents are gathered, rows of unequal length."""
+    monkeypatch.setattr("minids.mla.absorbing_is_cheaper", lambda *sizes: False)
+    by_torch, by_kernels, tokens = pair("dense", device)
+    caches = [model.new_cache(2, 16) for model in (by_torch, by_kernels)]
+    with torch.no_grad():
+        for part, counts in [(tokens[:, :9], [9, 4]), (tokens[:, 9:14], [5, 3])]:
+            want, got = (
+                model(part, lengths=counts, cache=cache)
+                for model, cache in zip((by_torch, by_kernels), caches, strict=True)
+            )
+            for row, count in enumerate(counts):
+                assert gap(got[row, :count], want[row, :count]) <= TOLERANCE
+    assert calls == dict(attend_expanded=2 * by_kernels.cfg.n_layers)
+
+
 def test_absorbing_without_pages_is_refused(device):
     model = pair("v3", device)[1]
     phase, visible = model.positions(2, 4)
