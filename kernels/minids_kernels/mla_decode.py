@@ -343,7 +343,7 @@ def _check(q_latent: Tensor, q_rope: Tensor, held: Pages, scale: float) -> None:
                 f"{_NAME}: {name} must have {rank} axes, a width and a dtype of {DTYPES}, got "
                 f"{tuple(x.shape)} in {x.dtype}: reshape or cast it"
             )
-    (B, T, H, C), (_, page, width) = q_latent.shape, store.shape
+    (B, T, H, C), (_, page, width), n = q_latent.shape, store.shape, table.shape[-1:].numel()
     if tuple(q_rope.shape) != (B, T, H, width - C):
         raise ValueError(
             f"{_NAME}: q_rope must be {(B, T, H, width - C)} beside q_latent {(B, T, H, C)} and "
@@ -354,7 +354,7 @@ def _check(q_latent: Tensor, q_rope: Tensor, held: Pages, scale: float) -> None:
             f"{_NAME}: a page must hold a multiple of {PAGE} tokens, got {page}: give the cache "
             f"page_size={PAGE}"
         )
-    for name, x, shape in (("table", table, (B, *table.shape[1:2])), ("lengths", lengths, (B,))):
+    for name, x, shape in (("table", table, (B, n)), ("lengths", lengths, (B,))):
         if tuple(x.shape) != shape or x.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"{_NAME}: {name} must be {shape} in int32 or int64, got {tuple(x.shape)} in "
