@@ -223,9 +223,9 @@ def test_scores_of_any_size(device):
     assert error(lse, of_rows) < LSE
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(
-    st.integers(1, 150), st.integers(1, 300), st.integers(1, 3), st.sampled_from(TILES),
+    st.integers(1, 150), st.integers(1, 200), st.integers(1, 2), st.sampled_from(TILES),
     st.tuples(*[st.integers(1, 40)] * 3), st.sampled_from(["all", "cached", "documents"]),
     st.integers(0, 9),
 )  # fmt: skip

@@ -67,7 +67,7 @@ CANDIDATES = (
     Tile(128, 64, warps=8, stages=3),
     Tile(64, 64, warps=4, stages=2),
     Tile(32, 32, warps=8, stages=2),
-    Tile(16, 16, warps=8, stages=1),
+    Tile(16, 16, warps=8, stages=2),
 )
 _OF_REGISTERS, _OF_FP32 = CANDIDATES[-2:], CANDIDATES[-1:]  # where no four warps multiply together
 _SUMS = 128  # FP32 numbers of scores and results that a thread may hold
