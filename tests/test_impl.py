@@ -13,6 +13,7 @@ from test_fp8 import RECIPES, draw, to_numpy
 
 from minids import Transformer, fp8, preset
 from minids.linear import Linear
+from minids.mla import MLA
 from minids.moe import Experts
 from minids.train import make_optimizer
 
@@ -34,6 +35,8 @@ def test_every_fp8_layer_is_switched_and_no_other(changes):
         if isinstance(module, Linear):
             assert (module.recipe is None) == (same.recipe is None)
             assert module.recipe is None or module.recipe == same.recipe._replace(impl="triton")
+        if isinstance(module, MLA):
+            assert (module.impl, same.impl) == ("triton", "torch")
         if isinstance(module, Experts):
             for how, other in zip(module.recipes, same.recipes, strict=True):
                 assert how == other._replace(impl="triton")
@@ -46,8 +49,9 @@ def test_a_name_that_is_no_implementation():
 
 def test_a_model_without_a_layer_that_has_a_kernel():
     """Or a reader would time torch and call it Triton."""
-    with pytest.raises(ValueError, match="kernels for precision='fp8' alone"):
-        Transformer(preset("toy"), impl="triton")
+    rule = "kernels for attn='mla' and precision='fp8', the model has neither: choose impl='torch'"
+    with pytest.raises(ValueError, match=rule):
+        Transformer(preset("toy", attn="gqa"), impl="triton")
 
 
 ALONE = """
