@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from compiled import CARDS, HOPPER
+from compiled import CARDS, HOPPER, compile_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_attention import (
@@ -605,6 +605,7 @@ def test_hopper_runs_every_candidate_from_registers():
     """No spills; wgmma for 64 rows; slots arrive by bulk copies, once: no copy for the V role."""
     calls = [{"heads": tile.BLOCK_M, "tile": list(tile)} for tile in TILES]
     calls += [{"heads": 16, "dtype": "float32"}, {"heads": 128, "runs": 4}]
+    calls += [{"heads": 1, "widths": (1, 1)}]  # strides of 1 where none is expected
     compiled = compile_calls("test_kernel_mla_decode", "launch", calls)
     for tile, (kernel,) in zip(TILES, compiled, strict=False):
         found = kernel.instructions
@@ -617,8 +618,8 @@ def test_hopper_runs_every_candidate_from_registers():
         assert bool(found.get("HMMA")) == (tile.BLOCK_M != 64), (tile, kernel)
         of_slots = in_flight * tile.BLOCK_N * sum(PUBLISHED) * 2
         of_queries = tile.BLOCK_M * sum(PUBLISHED) * 2
-        assert kernel.shared_bytes <= of_slots + of_queries + 2048, (tile, kernel)
-    ((exact,), (walk, add_up)) = compiled[len(TILES) :]
+        assert kernel.shared_bytes <= of_slots + of_queries + 4096, (tile, kernel)
+    (exact,), (walk, add_up), _ = compiled[len(TILES) :]
     assert exact.spilled_bytes == walk.spilled_bytes == add_up.spilled_bytes == 0
     assert not exact.instructions.keys() & {"HGMMA", "HMMA"}, exact  # no TF32
     assert walk.instructions.get("HGMMA")

@@ -5,19 +5,19 @@
 
 A slot of the cache is [c, k_rope]. A program holds a tile of rows, all (query, head) pairs of one
 row of the batch being alike, and walks over the slots: each tile of them is read once, and serves
-as keys, then as values. Sums and softmax are in FP32 (softmax.py); sums of more than 256 columns
-are cut in parts, each a product of its own, so that the threads of all warps have a share of each.
+as keys, then as values. Softmax is in FP32 (softmax.py); sums of more than 256 columns are made in
+parts, each a product of its own, of which the threads of all warps have a share.
 
 The last tile of a walk ends with the last slot that is seen: it starts early, before its page if
 need be, where a load finds zeros. So what lies behind a row's end, NaN perhaps, is never read, no
-value needs to be cleared, and all tiles are one loop. What starts early is masked, as are slots
-that the later ones of several new tokens see, and the earlier ones do not.
+value needs to be cleared, and all tiles are one loop. What starts early is masked, as are slots of
+which the later ones of several new tokens see more than the earlier ones.
 
-Rows of one token are too few to keep a card busy: each walk is cut into as many runs as the card
-has room for, and a second kernel adds their results in order, weighed by log-sum-exp: no atomics,
-the same bits in every run. The number of runs depends on the shapes alone, batch and width of the
-page table among them, not on lengths, which the host does not know. So a row's result does not
-change with what other rows hold, nor with their lengths; with their number it may, in its last bit.
+One token's rows are too few to keep a card busy: walks are cut into runs, whose results a second
+kernel adds in order, weighed by log-sum-exp: no atomics, the same bits whenever it is called. Their
+number depends on shapes alone, B and the width of the page table among them, not on lengths, which
+the host does not know. So a row's result does not depend on what other rows hold nor on how much;
+it does, in its last bits, on how many they are.
 
 Letters  T queries, H heads, C and R widths, as in minids.mla; BLOCK_M rows, BLOCK_N slots a tile.
 Memory   store [pages, page, C + R], table [B, n], lengths [B], q [B, T, H, C | R]: any strides;
@@ -116,21 +116,15 @@ def blocks(widths: tuple[int, int], itemsize: int) -> tuple[int, int]:
 
 @cache
 def rule_of_runs(walks: int, n_tiles: int, tile: Tile, card: Card) -> int:
-    """Return into how many runs to cut walks of so many tiles, by counting rounds of programs.
-
-    A run costs its tiles, the filling of its pipeline, and the handing over of its result.
-    """
+    """Return into how many runs to cut walks of so many tiles: by counting rounds of programs."""
     at_once = card.n_sm * tile.programs
 
     def time(runs: int) -> int:
         rounds = ceil_div(walks * runs, at_once)
         return rounds * (ceil_div(n_tiles, runs) + _FILL + _HAND_OVER * (runs > 1))
 
-    few = (
-        n for n in _RUNS
-        if n * _LEAST_RUN <= n_tiles and walks * n <= _MOST_ROUNDS * at_once
-    )  # fmt: skip
-    return min((1, *few), key=time)
+    most = min(n_tiles // _LEAST_RUN, _MOST_ROUNDS * at_once // walks)
+    return min((1, *(runs for runs in _RUNS if runs <= most)), key=time)
 
 
 def cut(
@@ -157,7 +151,8 @@ def held_in(
         cols = column + tl.arange(0, BLOCK)
         rows = source + page.to(tl.int64) * page_step + slots.to(tl.int64) * slot_step
         inside = (slots >= 0)[:, None] & (cols < WIDTH)[None, :]
-        tile = tl.load(rows[:, None] + (cols * step)[None, :], mask=inside, other=0.0)
+        pointers = rows[:, None] + (cols.to(tl.int64) * step)[None, :]
+        tile = tl.load(pointers, mask=inside, other=0.0)
     return tile
 
 
@@ -168,8 +163,9 @@ def queries(
 ):  # fmt: skip
     """Return columns of the queries of these rows, zeros for rows that are not live."""
     cols = column + tl.arange(0, BLOCK)
-    row = rows // H * query_step.to(tl.int64) + rows % H * head_step.to(tl.int64)
-    pointers = source + b.to(tl.int64) * batch_step + row[:, None] + (cols * step)[None, :]
+    source += b.to(tl.int64) * batch_step
+    row = (rows // H).to(tl.int64) * query_step + (rows % H).to(tl.int64) * head_step
+    pointers = source + row[:, None] + (cols.to(tl.int64) * step)[None, :]
     return tl.load(pointers, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
 
 
@@ -291,10 +287,9 @@ def decode(q_latent: Tensor, q_rope: Tensor, held: Pages, scale: float) -> tuple
     if 0 in (*lse.shape, *table.shape, len(store)):
         return z.zero_(), lse.fill_(-torch.inf)
     tile, row_tiles, runs = cut(B, T * H, table.shape[1] * page, (C, R), store.itemsize, card)
-    part, part_lse = z, lse
+    found = z, lse
     if runs > 1:
-        part = torch.empty((runs, B, T, H, C), dtype=torch.float32, device=store.device)
-        part_lse = torch.empty((runs, B, T, H), dtype=torch.float32, device=store.device)
+        found = [torch.empty((runs, *x.shape), device=x.device, dtype=lse.dtype) for x in found]
     latent, rope = store[..., :C], store[..., C:]
     block_c, block_r = blocks((C, R), store.itemsize)
     # before Hopper a descriptor is a pointer a number; FP32 is multiplied out of registers anyway
@@ -305,15 +300,15 @@ def decode(q_latent: Tensor, q_rope: Tensor, held: Pages, scale: float) -> tuple
         rope = TensorDescriptor.from_tensor(rope, [1, tile.BLOCK_N, block_r])
     with torch.cuda.device_of(store):  # Triton launches on the current GPU
         walk[(row_tiles, B, runs)](
-            q_latent, q_rope, latent, rope, table, lengths, part, part_lse, scale * LOG2_E, T,
+            q_latent, q_rope, latent, rope, table, lengths, *found, scale * LOG2_E, T,
             *q_latent.stride(), *q_rope.stride(), *store.stride(), *table.stride(),
             *lengths.stride(), H, C, R, page, tile.BLOCK_M, tile.BLOCK_N, block_c, block_r,
             is_described, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if runs > 1:
             add_up[(ceil_div(B * T * H, _ROWS),)](
-                part, part_lse, z, lse, B * T * H, runs,
-                C, padded(C), _ROWS, triton.next_power_of_2(runs), num_warps=4,
+                *found, z, lse, B * T * H, runs, C, padded(C), _ROWS, triton.next_power_of_2(runs),
+                num_warps=4,
             )  # fmt: skip
     return z, lse
 
@@ -373,10 +368,7 @@ def schedule(
     lengths: Sequence[int], table_pages: int, T: int, heads: int, widths: tuple[int, int],
     itemsize: int, card: Card, page: int = PAGE,
 ) -> list[Step]:  # fmt: skip
-    """Return the tiles that the programs multiply, in their order.
-
-    A tile of rows that holds parts of several queries is given all heads.
-    """
+    """Return what the programs multiply, in their order; of rows of several queries, all heads."""
     how = cut(len(lengths), T * heads, table_pages * page, widths, itemsize, card)
     steps = []
     for program, (first, last), (begin, stop) in _walks(lengths, T, heads, *how):
@@ -393,10 +385,7 @@ def traffic(
     lengths: Sequence[int], table_pages: int, T: int, heads: int, widths: tuple[int, int],
     itemsize: int, card: Card, page: int = PAGE,
 ) -> Traffic:  # fmt: skip
-    """Return the bytes that a launch moves: queries, slots, results, those of runs among them.
-
-    Not counted are the page table and the lengths.
-    """
+    """Return the bytes that a launch moves, but for page numbers and lengths."""
     how = cut(len(lengths), T * heads, table_pages * page, widths, itemsize, card)
     size, of_slot = how[0].BLOCK_N, sum(widths) * itemsize
     n_rows, of_sums = len(lengths) * T * heads, 4 * widths[0] if how[2] > 1 else 0
