@@ -59,15 +59,15 @@ Cut = Keys | Queries
 CANDIDATES = (
     Keys(64, 64, warps=8, stages=2),
     Keys(32, 64, warps=8, stages=2),
-    Keys(32, 32, warps=4, stages=1),
-    Keys(16, 16, warps=4, stages=1),
+    Keys(16, 32, warps=8, stages=2),
+    Keys(16, 16, warps=8, stages=1),
     Queries(128, 64, warps=8, stages=2),
     Queries(64, 64, warps=8, stages=2),
-    Queries(64, 32, warps=8, stages=2),
-    Queries(32, 32, warps=4, stages=1),
-    Queries(16, 16, warps=4, stages=1),
+    Queries(32, 16, warps=8, stages=2),
+    Queries(16, 16, warps=8, stages=1),
 )
-_OF_FP32 = 32  # most rows of a tile: each thread multiplies on its own, out of registers
+# most rows of a tile, and those where each warp or, in FP32, each thread multiplies on its own
+_LARGEST, _OF_WARPS, _OF_THREADS = 128, 32, 16
 _SUMS = 160  # FP32 numbers of results and weights that a thread may hold
 
 
@@ -76,7 +76,9 @@ def rule_of_thumb(kind: type[Cut], widths: Widths, itemsize: int, card: Card) ->
 
     Raises ValueError where even the smallest does not fit.
     """
-    most = _OF_FP32 if itemsize == 4 else 128 if by_four_warps(card) else 64
+    most = _LARGEST if by_four_warps(card) else _OF_WARPS
+    if itemsize == 4 or card.capability[0] > 11:  # there larger ones spill registers
+        most = _OF_THREADS
     for cut in CANDIDATES:
         if type(cut) is kind and max(cut[:2]) <= most and fits(cut, widths, itemsize, card):
             return cut
@@ -169,6 +171,7 @@ def meet_queries(
         mine = t_at
         if DOCUMENTS:
             mine = tl.load(first + t_at, mask=t_at < T, other=-1)
+        t_at = tl.minimum(t_at, T - 1)  # behind the last one, nobody sees a leftover's NaN
         p, ds = weights(
             keys, met, row_lse[None, :], row_delta[None, :], t_at[None, :], s_at[:, None],
             mine[None, :], theirs[:, None], at, S, fold, MASKED, CAUSAL, DOCUMENTS,
@@ -339,10 +342,8 @@ def _check(do: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
     )
     for name, (x, shape, dtype) in zip(("do", "o", "lse"), wanted, strict=True):
         if tuple(x.shape) != shape or x.dtype != dtype:
-            raise ValueError(
-                f"{_NAME}: {name} must be {shape} in {dtype}, got {tuple(x.shape)} in {x.dtype}: "
-                "pass what the forward pass gave"
-            )
+            got = f"{tuple(x.shape)} in {x.dtype}: pass what the forward pass gave"
+            raise ValueError(f"{_NAME}: {name} must be {shape} in {dtype}, got {got}")
 
 
 # What a launch does, for figures
