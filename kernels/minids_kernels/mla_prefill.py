@@ -15,7 +15,7 @@ A token's result does not depend on the rows beside it in the batch: no config i
 Letters  T queries, S keys, H heads, N, R and V widths, as in minids.mla; BLOCK_M queries, BLOCK_N
          keys a tile.
 Memory   q [B, T, H, N | R], k_nope and v [B, S, H, N | V], k_rope [B, S, R], o [B, T, H, V], all in
-         one dtype; log-sum-exp FP32 [B, H, T].
+         one dtype; log-sum-exp FP32 [B, H, T]. Rows of o are padded to 16 bytes.
 Grid     (tiles of queries, H, B); the longest walks of a head start first, and its programs run
          side by side: the L2 cache holds one head's keys, not all heads'.
 Paper    FlashAttention-2, arXiv:2307.08691; DeepSeek-V3 (arXiv:2412.19437), Eq. 10.
@@ -254,9 +254,8 @@ def attend_expanded(
     card = cards.card(_NAME, *inputs, *(x for x in (start, documents) if x is not None))
     _check(inputs, start, documents, scale)
     dtype = _common(inputs)
-    start = (
-        start if start is None else start.contiguous()
-    )  # one number for all rows is often spread
+    if start is not None:
+        start = start.contiguous()  # one number for all rows is often spread
     return _Attend.apply(*(x.to(dtype) for x in inputs), start, documents, scale, card)
 
 
