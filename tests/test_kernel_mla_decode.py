@@ -126,8 +126,9 @@ def test_example_by_hand(device):
 @pytest.mark.parametrize("widths", LATENTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_reference(dtype, widths, device):
-    pages = draw_pages(SHORT, sum(widths), dtype, device)
-    q = draw_queries(len(SHORT), 2, 5, widths, dtype, device)
+    lengths = (0, 65) if widths == PUBLISHED else SHORT
+    pages = draw_pages(lengths, sum(widths), dtype, device)
+    q = draw_queries(len(lengths), 2, 5, widths, dtype, device)
     z = attend_latent(*q, pages, None, SCALE)
     wanted = mla.attend_latent(*q, reference.Pages(*pages), None, SCALE)
     assert z.dtype == wanted.dtype
@@ -142,8 +143,10 @@ def test_every_number_of_heads_and_length(heads, device):
     assert_exact(draw_queries(len(LENGTHS), 1, heads, SMALL, dtype, device), pages)
 
 
-@pytest.mark.parametrize("queries", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize(("heads", "runs"), [(3, 1), (3, 3), (16, 2)])
+@pytest.mark.parametrize(
+    ("queries", "heads", "runs"),
+    [(1, 3, 3), (2, 3, 1), (3, 3, 3), (4, 3, 1), (7, 3, 2), (2, 64, 1), (4, 16, 2)],
+)
 def test_speculative_queries_see_their_own_slots(queries, heads, runs, device):
     """Of 7 queries in a row of 5 the first two see nothing; limits lie around a page's end."""
     lengths = (0, 5, 63, 65, 68, 130)
@@ -167,7 +170,7 @@ def test_any_number_of_runs(runs, device):
     assert_exact(draw_queries(4, 2, 9, SMALL, torch.bfloat16, device), pages, None, runs)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(
     st.lists(st.sampled_from(LENGTHS[:-1]) | st.integers(0, 300), min_size=1, max_size=4),
     st.integers(1, 5), st.integers(1, 20), st.integers(1, 300), st.integers(1, 70),
@@ -423,7 +426,7 @@ def test_wrong_input_is_refused_before_a_launch(case, device, monkeypatch):
 def test_latents_too_wide_for_the_card_are_refused(device):
     pages = draw_pages((1,), 8016, torch.bfloat16, device)
     q = draw_queries(1, 1, 1, (8000, 16), torch.bfloat16, device)
-    with pytest.raises(ValueError, match=r"latents of 8000 \+ 16 numbers of 2 bytes need more"):
+    with pytest.raises(ValueError, match=r"widths \(8000, 16\) of 2 bytes need more"):
         attend_latent(*q, pages, None, SCALE)
 
 
@@ -549,8 +552,8 @@ BUGS = {
     "what starts early is seen twice": ("tl.where(slots < start, end, slots)", "slots"),
     "a query sees one slot more": ("slots[None, :] < sees", "slots[None, :] <= sees"),
     "all queries see alike": ("sees = before + rows // H", "sees = before + 0 * rows"),
-    "heads are taken for queries": ("rows % H * head_step", "rows // H * head_step"),
-    "the second part is the first again": ("slot, part * BLOCK_C, page_step", "slot, 0, page_step"),
+    "heads are taken for queries": ("(rows % H).to(", "(rows // H + 0).to("),
+    "the second part is the first again": ("slot, part * BLOCK_C, steps", "slot, 0, steps"),
     "the first page is read again": ("page = next_page", "page = page"),
     "the next page is this one": ("after = (start + BLOCK_N) //", "after = start //"),
     "a tile is missing": ("stop = (run + 1) * n_tiles //", "stop = (run + 1) * (n_tiles - 1) //"),

@@ -1,7 +1,6 @@
 """Attention of a few new tokens to latents in pages: keys and values of all heads at once.
 
-    z[t, h] = sum over s seen of p[s] c[s],
-    p = softmax of scale (q_latent[t, h] c[s] + q_rope[t, h] k_rope[s])
+    z[t, h] = sum over s of softmax_s(scale (q_latent[t, h] c[s] + q_rope[t, h] k_rope[s])) c[s]
 
 A slot of the cache is [c, k_rope]. A program holds a tile of rows, all (query, head) pairs of one
 row of the batch being alike, and walks over the slots: each tile of them is read once, and serves
@@ -14,10 +13,9 @@ value needs to be cleared, and all tiles are one loop. What starts early is mask
 which the later ones of several new tokens see more than the earlier ones.
 
 One token's rows are too few to keep a card busy: walks are cut into runs, whose results a second
-kernel adds in order, weighed by log-sum-exp: no atomics, the same bits whenever it is called. Their
-number depends on shapes alone, B and the width of the page table among them, not on lengths, which
-the host does not know. So a row's result does not depend on what other rows hold nor on how much;
-it does, in its last bits, on how many they are.
+kernel adds in order, weighed by log-sum-exp: no atomics, the same bits in every call. How many runs
+depends on shapes alone, on B and the width of the page table, not on lengths, which the host does
+not know. So a row's last bits depend on how many rows there are, not on what others hold.
 
 Letters  T queries, H heads, C and R widths, as in minids.mla; BLOCK_M rows, BLOCK_N slots a tile.
 Memory   store [pages, page, C + R], table [B, n], lengths [B], q [B, T, H, C | R]: any strides;
@@ -48,13 +46,13 @@ _NAME = "attend_latent"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PAGE = 64  # a page's slots are a multiple of this, and so of every tile
 _PART = {2: 256, 4: 64}  # columns of the latent that one product makes, by bytes of a number
-_LONGEST = 65535  # of a grid's second axis
-_FILL, _HAND_OVER = 1, 2  # what a run costs beside its tiles, in tiles; the latter beside others
-_LEAST_RUN = 2  # tiles
+_LEAST_RUN, _FILL, _HAND_OVER = 2, 1, 2  # tiles, and what runs cost beside, the last if several
 _MOST_ROUNDS = 4  # of programs, where there are several runs: their results take memory
 _RUNS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _ROWS = 4  # whose runs one program adds up
 _LOG2_E = tl.constexpr(LOG2_E)
+
+Widths = tuple[int, int]  # C, R
 
 
 class Tile(NamedTuple):
@@ -67,6 +65,8 @@ class Tile(NamedTuple):
     stages: int
 
 
+Cut = tuple[Tile, int, int]  # with the number of tiles of rows, and of runs
+
 CANDIDATES = (
     Tile(64, 64, programs=1, warps=8, stages=2),
     Tile(64, 32, programs=1, warps=8, stages=3),
@@ -75,32 +75,29 @@ CANDIDATES = (
     Tile(16, 32, programs=2, warps=4, stages=3),
     Tile(16, 16, programs=2, warps=4, stages=3),
     Tile(16, 32, programs=1, warps=4, stages=3),
-    Tile(16, 64, programs=1, warps=8, stages=3),
     Tile(16, 16, programs=1, warps=8, stages=2),
 )
 _OF_FP32 = CANDIDATES[-1]  # no tensor cores: each thread multiplies on its own, out of registers
-_FEW_ROWS = 16
 
 
-def rule_of_thumb(rows: int, widths: tuple[int, int], itemsize: int, card: Card) -> Tile:
+def rule_of_thumb(rows: int, widths: Widths, itemsize: int, card: Card) -> Tile:
     """Return the largest tile that fits the card and is not mostly empty.
 
-    64 rows are what four of Hopper's warps multiply together, out of shared memory, and while they
-    do, the next slots arrive; elsewhere two stages are none. Of 64 rows for Blackwell of the data
-    centre Triton 3.6 makes an empty kernel.
+    Hopper multiplies 64 rows out of shared memory while the next slots arrive there: elsewhere that
+    takes three stages. For (10, 0) Triton 3.6 makes an empty kernel of 64 rows.
     """
-    most = _FEW_ROWS if rows <= _FEW_ROWS else 32 if card.capability[0] == 10 else 64
+    most = 16 if rows <= 16 else 32 if card.capability[0] == 10 else 64
     listed = CANDIDATES if card.capability[0] == 9 else CANDIDATES[1:]
     for tile in (_OF_FP32,) if itemsize == 4 else listed:
         if tile.BLOCK_M <= most and fits(tile, widths, itemsize, card):
             return tile
     raise ValueError(
-        f"{_NAME}: latents of {widths[0]} + {widths[1]} numbers of {itemsize} bytes need more "
-        f"shared memory than the {card.shared_bytes} bytes of {card.name}: choose impl='torch'"
+        f"{_NAME}: widths {widths} of {itemsize} bytes need more shared memory than the "
+        f"{card.shared_bytes} bytes of {card.name}: choose impl='torch'"
     )
 
 
-def fits(tile: Tile, widths: tuple[int, int], itemsize: int, card: Card) -> bool:
+def fits(tile: Tile, widths: Widths, itemsize: int, card: Card) -> bool:
     """Say whether queries and the slots on their way fit shared memory."""
     pairs = zip(widths, blocks(widths, itemsize), strict=True)
     width = sum(ceil_div(n, block) * block for n, block in pairs)
@@ -109,7 +106,7 @@ def fits(tile: Tile, widths: tuple[int, int], itemsize: int, card: Card) -> bool
     return tile.programs * (held + 2048) <= card.shared_bytes
 
 
-def blocks(widths: tuple[int, int], itemsize: int) -> tuple[int, int]:
+def blocks(widths: Widths, itemsize: int) -> tuple[int, int]:
     """Return how many columns of the latent, and of the rotary key, a product takes."""
     return min(padded(widths[0]), _PART[itemsize]), padded(widths[1])
 
@@ -127,20 +124,17 @@ def rule_of_runs(walks: int, n_tiles: int, tile: Tile, card: Card) -> int:
     return min((1, *(runs for runs in _RUNS if runs <= most)), key=time)
 
 
-def cut(
-    B: int, rows: int, slots: int, widths: tuple[int, int], itemsize: int, card: Card
-) -> tuple[Tile, int, int]:
-    """Return the tile (tuned, or the rule of thumb's), tiles of rows, and runs of a launch."""
+def cut(B: int, rows: int, slots: int, widths: Widths, itemsize: int, card: Card) -> Cut:
+    """Return how a launch is cut, by the tuned tile or the rule of thumb's."""
     tuned = configs.find("mla_decode.Tile", (rows, *widths, itemsize), card)
     tile = Tile(**tuned) if tuned else rule_of_thumb(rows, widths, itemsize, card)
-    row_tiles = ceil_div(rows, tile.BLOCK_M)
-    runs = rule_of_runs(B * row_tiles, ceil_div(slots, tile.BLOCK_N), tile, card)
-    return tile, row_tiles, runs
+    n = ceil_div(rows, tile.BLOCK_M)
+    return tile, n, rule_of_runs(B * n, ceil_div(slots, tile.BLOCK_N), tile, card)
 
 
 @triton.jit
 def held_in(
-    source, page, slot, column, page_step, slot_step, step,
+    source, page, slot, column, steps,
     BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Return BLOCK_N slots of a page from `slot` on; zeros before its first and past WIDTH."""
@@ -149,9 +143,9 @@ def held_in(
     else:
         slots = slot + tl.arange(0, BLOCK_N)
         cols = column + tl.arange(0, BLOCK)
-        rows = source + page.to(tl.int64) * page_step + slots.to(tl.int64) * slot_step
+        rows = source + page.to(tl.int64) * steps[0] + slots.to(tl.int64) * steps[1]
+        pointers = rows[:, None] + (cols.to(tl.int64) * steps[2])[None, :]
         inside = (slots >= 0)[:, None] & (cols < WIDTH)[None, :]
-        pointers = rows[:, None] + (cols.to(tl.int64) * step)[None, :]
         tile = tl.load(pointers, mask=inside, other=0.0)
     return tile
 
@@ -189,43 +183,38 @@ def walk(
     n_tiles = tl.cdiv(tl.maximum(end, 0), BLOCK_N)
     first = run * n_tiles // tl.num_programs(2)  # runs differ by one tile at most
     stop = (run + 1) * n_tiles // tl.num_programs(2)
-
     live = (rows < n_rows) & (first < stop)
     dtype: tl.constexpr = latent.dtype if DESCRIBED else latent.dtype.element_ty
     q, sums = (), ()
     for part in tl.static_range(PARTS):
-        q += (queries(
+        x = queries(
             q_latent, b, rows, live, part * BLOCK_C, ql_batch, ql_query, ql_head, ql_step,
             H, BLOCK_C, C,
-        ).to(dtype),)  # fmt: skip
+        )  # fmt: skip
+        q += (x.to(dtype),)
         sums += (tl.zeros((BLOCK_M, BLOCK_C), tl.float32),)
-    q_r = queries(q_rope, b, rows, live, 0, qr_batch, qr_query, qr_head, qr_step, H, BLOCK_R, R).to(
-        dtype
-    )
+    x = queries(q_rope, b, rows, live, 0, qr_batch, qr_query, qr_head, qr_step, H, BLOCK_R, R)
+    q_r = x.to(dtype)
     most = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-
     table += b.to(tl.int64) * table_row
+    steps = (page_step, slot_step, step)
     page = tl.load(table + first * BLOCK_N // PAGE * table_step, mask=first < stop, other=0)
+    page = page.to(tl.int32)  # as descriptors take it
     for n in range(first, stop):
         start = n * BLOCK_N
         # the next page's number is on its way while this tile is multiplied
         after = (start + BLOCK_N) // PAGE * table_step
-        next_page = tl.load(table + after, mask=n + 1 < stop, other=0)
+        next_page = tl.load(table + after, mask=n + 1 < stop, other=0).to(tl.int32)
         at = tl.minimum(start, end - BLOCK_N)
         slot = at - start // PAGE * PAGE
-        r = held_in(
-            rope, page.to(tl.int32), slot, 0, page_step, slot_step, step,
-            BLOCK_N, BLOCK_R, R, DESCRIBED,
-        )  # fmt: skip
+        r = held_in(rope, page, slot, 0, steps, BLOCK_N, BLOCK_R, R, DESCRIBED)
         score = tl.dot(q_r, r.T, input_precision="ieee")
         held = ()
         for part in tl.static_range(PARTS):
-            held += (held_in(
-                latent, page.to(tl.int32), slot, part * BLOCK_C, page_step, slot_step, step,
-                BLOCK_N, BLOCK_C, C, DESCRIBED,
-            ),)  # fmt: skip
-            score = tl.dot(q[part], held[part].T, score, input_precision="ieee")
+            k = held_in(latent, page, slot, part * BLOCK_C, steps, BLOCK_N, BLOCK_C, C, DESCRIBED)
+            score = tl.dot(q[part], k.T, score, input_precision="ieee")
+            held += (k,)
         slots = at + tl.arange(0, BLOCK_N)
         slots = tl.where(slots < start, end, slots)  # nobody sees that one
         score = tl.where(slots[None, :] < sees[:, None], score, -float("inf"))
@@ -237,7 +226,6 @@ def walk(
             longer += (tl.dot(weight, held[part], older, input_precision="ieee"),)
         sums = longer
         page = next_page
-
     divisor, of_row = finish(most, total)
     to = (run * tl.num_programs(1) + b).to(tl.int64) * n_rows + rows
     tl.store(lse + to, of_row, mask=rows < n_rows)
@@ -272,9 +260,9 @@ def add_up(
         base = tl.where(most == -float("inf"), 0.0, most)
         sums += tl.exp2(one * _LOG2_E - base)[:, None] * part
     mean = sums * (1 / divisor)[:, None]
-    to = z + rows[:, None] * C + cols[None, :]
-    tl.store(to, mean.to(z.dtype.element_ty), mask=inside[:, None] & (cols < C)[None, :])
     tl.store(lse + rows, of_row, mask=inside)
+    wanted = inside[:, None] & (cols < C)[None, :]
+    tl.store(z + rows[:, None] * C + cols[None, :], mean.to(z.dtype.element_ty), mask=wanted)
 
 
 def decode(q_latent: Tensor, q_rope: Tensor, held: Pages, scale: float) -> tuple[Tensor, Tensor]:
@@ -318,10 +306,9 @@ def attend_latent(
 ) -> Tensor:
     """Return softmax(scale (q_latent c^T + q_rope k_rope^T)) c over each row's pages; forward only.
 
-    The queries are those of each row's last T tokens; `mask` is not read, query t sees the first
-    length - T + t + 1 slots. One that sees none gets 0. Of a row's page numbers the first
-    ceil(length / page) are read, of its slots the first `length`. Computed in the pages' dtype, one
-    of DTYPES (FP32 is exact and slow), returned in q_latent's. Raises ValueError for anything else.
+    `mask` is not read: query t of a row's last T tokens sees the first length - T + t + 1 slots; 0
+    if none. What lies behind a row's end may be anything. Computed in the pages' dtype, one of
+    DTYPES (FP32 is exact and slow). Raises ValueError for what it does not fit.
     """
     _check(q_latent, q_rope, held, scale)
     return decode(q_latent, q_rope, held, scale)[0]
@@ -355,8 +342,8 @@ def _check(q_latent: Tensor, q_rope: Tensor, held: Pages, scale: float) -> None:
                 f"{_NAME}: {name} must be {shape} in int32 or int64, got {tuple(x.shape)} in "
                 f"{x.dtype}: give one row for each of the batch"
             )
-    if B > _LONGEST:
-        raise ValueError(f"{_NAME}: at most {_LONGEST} rows, got {B}: split the batch")
+    if B > 65535:  # of a grid's second axis
+        raise ValueError(f"{_NAME}: at most 65535 rows, got {B}: split the batch")
     if not 0 < scale < float("inf"):
         raise ValueError(f"{_NAME}: scale must be positive and finite, got {scale}")
 
@@ -365,8 +352,8 @@ def _check(q_latent: Tensor, q_rope: Tensor, held: Pages, scale: float) -> None:
 
 
 def schedule(
-    lengths: Sequence[int], table_pages: int, T: int, heads: int, widths: tuple[int, int],
-    itemsize: int, card: Card, page: int = PAGE,
+    lengths: Sequence[int], table_pages: int, T: int, heads: int, widths: Widths, itemsize: int,
+    card: Card, page: int = PAGE,
 ) -> list[Step]:  # fmt: skip
     """Return what the programs multiply, in their order; of rows of several queries, all heads."""
     how = cut(len(lengths), T * heads, table_pages * page, widths, itemsize, card)
@@ -382,7 +369,7 @@ def schedule(
 
 
 def traffic(
-    lengths: Sequence[int], table_pages: int, T: int, heads: int, widths: tuple[int, int],
+    lengths: Sequence[int], table_pages: int, T: int, heads: int, widths: Widths,
     itemsize: int, card: Card, page: int = PAGE,
 ) -> Traffic:  # fmt: skip
     """Return the bytes that a launch moves, but for page numbers and lengths."""
