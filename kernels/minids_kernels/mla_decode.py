@@ -51,7 +51,6 @@ _MOST_ROUNDS = 4  # of programs, where there are several runs: their results tak
 _RUNS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _ROWS = 4  # whose runs one program adds up
 _LOG2_E = tl.constexpr(LOG2_E)
-
 Widths = tuple[int, int]  # C, R
 
 
