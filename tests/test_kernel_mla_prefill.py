@@ -565,13 +565,13 @@ def test_traffic_by_hand():
 
 def check(module) -> None:
     tile = Tile(32, 32, 8, 2)
-    x = draw_expanded(2, 70, 100, 2, SMALL, torch.float16)
+    x = draw_expanded(2, 40, 70, 2, SMALL, torch.float16)
     assert_exact(x, None, tile, module=module)
     for starts in ((30, 5), (-3, 20)):
         mask = causal("cpu", *starts)
         assert_exact(leftovers(x, mask), mask, tile, module=module)
-    x = draw_expanded(2, 70, 70, 1, SMALL, torch.float16)
-    mask = causal("cpu", 0, 0, documents=some_documents(2, 70))
+    x = draw_expanded(2, 50, 50, 1, SMALL, torch.float16)
+    mask = causal("cpu", 0, 0, documents=some_documents(2, 50))
     assert_exact(x, mask, tile, module=module)
 
 
