@@ -27,8 +27,9 @@ LATENTS = [(4, 2), (32, 16), (128, 32), (512, 64), (40, 8)]  # C and R, likewise
 # Relative to the norm of the exact result. FP32: sums in another order, exp2 of the card. BF16: p
 # is rounded before it meets v, 2^-9 at most, and so is the result; FP16 eight times less.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-# of gradients: ds and p are rounded too, and a difference of near numbers is taken
-GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# of gradients: p, ds, o and the result are rounded, each as above; a difference of near numbers is
+# taken. Interpreted, at most 5e-7, 3.3e-3 and 4e-4 were seen.
+GRADIENT = {torch.float32: 4e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 LSE = 2e-6  # relative to 1 + |lse|: exact products of narrow numbers, FP32 sums
 
 
