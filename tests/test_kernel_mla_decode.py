@@ -257,7 +257,6 @@ def test_only_pages_that_are_held_are_read(device, monkeypatch):
 @pytest.mark.parametrize("page", [128, 192])
 def test_longer_pages(page, device):
     lengths = (0, 1, 127, 128, 300)
-    pages = draw_pages([-(-n // page) * (page // 64) * 64 for n in lengths], 48, torch.bfloat16)
     numbers = [torch.randn(n, 48).bfloat16() for n in lengths]
     count = [-(-n // page) for n in lengths]
     store = poison(torch.empty(sum(count) + 1, page, 48, dtype=torch.bfloat16))
