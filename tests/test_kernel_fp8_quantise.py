@@ -386,7 +386,7 @@ def check(module) -> None:
     [
         ("return max(floor, _SMALLEST)", "return _SMALLEST"),
         ("(k < K)[None, :]\n    at = x", "(k <= K)[None, :]\n    at = x"),
-        ("(j < J)[None, :])", "(j < J - 1)[None, :])"),
+        ("(j * 128 < K)[None, :])", "(j * 128 < K - 128)[None, :])"),
         ("by = scales[:, None]", "by = turned_by"),
         ("j * x_scale_j", "0 * x_scale_j"),
         ("<< (8 * q)", "<< (24 - 8 * q)"),

@@ -234,15 +234,31 @@ def _tiles(
     inside = (m < M)[:, None] & (k < K)[None, :]
     at = x + batch * x_n + (m * x_m)[:, None] + (k * x_k)[None, :]
     wide = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    groups = tl.reshape(wide, (BLOCK_M, BLOCK_K // 128, 128))
+    codes += batch * M * codes_m
+    scale += batch * tl.cdiv(K, 128) * M
+    put_tiles(wide, codes, scale, m, tl.program_id(1) * BLOCK_K, M, K, codes_m, least, STEPS, FP8)
+
+
+@triton.jit
+def put_tiles(
+    wide, codes, scale, m, first, M, K, codes_m, least, STEPS: tl.constexpr, FP8: tl.constexpr
+):
+    """Quantise FP32 in groups of 1 x 128 and store it: rows m (int64), columns from `first` on.
+
+    Codes [M, K] have rows codes_m apart, scales lie as [J, M]; what is beyond the edges is 0.
+    """
+    BLOCK_M: tl.constexpr = wide.shape[0]
+    BLOCK_J: tl.constexpr = wide.shape[1] // 128
+    groups = tl.reshape(wide, (BLOCK_M, BLOCK_J, 128))
     scales = scale_of(tl.max(magnitude(groups), axis=2), least, STEPS == 0)
     values = divide(groups, scales[:, :, None], STEPS)
-    to = codes + ((batch * M + m) * codes_m)[:, None] + k[None, :]
-    tl.store(to, to_e4m3(tl.reshape(values, (BLOCK_M, BLOCK_K)), FP8), mask=inside)
-    J = tl.cdiv(K, 128)
-    j = tl.program_id(1) * (BLOCK_K // 128) + tl.arange(0, BLOCK_K // 128)
-    to = scale + ((batch * J + j) * M)[None, :] + m[:, None]
-    tl.store(to, scales, mask=(m < M)[:, None] & (j < J)[None, :])
+    k = first + tl.arange(0, BLOCK_J * 128).to(tl.int64)
+    to = codes + (m * codes_m)[:, None] + k[None, :]
+    rounded = to_e4m3(tl.reshape(values, (BLOCK_M, BLOCK_J * 128)), FP8)
+    tl.store(to, rounded, mask=(m < M)[:, None] & (k < K)[None, :])
+    j = first // 128 + tl.arange(0, BLOCK_J).to(tl.int64)
+    to = scale + (j * M)[None, :] + m[:, None]
+    tl.store(to, scales, mask=(m < M)[:, None] & (j * 128 < K)[None, :])
 
 
 @triton.jit
@@ -302,10 +318,16 @@ def _square(
             to = codes + ((batch * M + m + q) * codes_m)[:, None] + k[None, :]
             tl.store(to, rounded, mask=(m + q < M)[:, None] & (k < K)[None, :])
     if TURNED != _NOTHING:
-        w = g * 32 + tl.arange(0, 32)
-        to = turned.to(tl.pointer_type(tl.int32), bitcast=True)
-        to += ((batch * K + k) * (turned_k // 4))[:, None] + w[None, :]
-        tl.store(to, tl.trans(words), mask=(k < K)[:, None] & (w < turned_k // 4)[None, :])
+        put_words(words, turned + batch * K * turned_k, g, k, K, turned_k)
+
+
+@triton.jit
+def put_words(words, turned, g, k, K, turned_k):
+    """Store four codes a word [32, columns k]: row k of `turned` [K, M] from 128 g on."""
+    w = g * 32 + tl.arange(0, 32)
+    to = turned.to(tl.pointer_type(tl.int32), bitcast=True)
+    to += (k * (turned_k // 4))[:, None] + w[None, :]
+    tl.store(to, tl.trans(words), mask=(k < K)[:, None] & (w < turned_k // 4)[None, :])
 
 
 @triton.jit
