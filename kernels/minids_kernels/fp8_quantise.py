@@ -281,10 +281,10 @@ def _square(
     x += batch * x_n + (k * x_k)[None, :]
     if x_scale is not None:
         x_scale += batch * x_scale_n + j * x_scale_j
-    q0 = _quarter(x, x_scale, m, k, M, K, x_m, x_scale_m)
-    q1 = _quarter(x, x_scale, m + 1, k, M, K, x_m, x_scale_m)
-    q2 = _quarter(x, x_scale, m + 2, k, M, K, x_m, x_scale_m)
-    q3 = _quarter(x, x_scale, m + 3, k, M, K, x_m, x_scale_m)
+    q0 = quarter(x, x_scale, m, k, M, K, x_m, x_scale_m)
+    q1 = quarter(x, x_scale, m + 1, k, M, K, x_m, x_scale_m)
+    q2 = quarter(x, x_scale, m + 2, k, M, K, x_m, x_scale_m)
+    q3 = quarter(x, x_scale, m + 3, k, M, K, x_m, x_scale_m)
     quarters = (q0, q1, q2, q3)
 
     largest = magnitude(q0)
@@ -331,7 +331,7 @@ def put_words(words, turned, g, k, K, turned_k):
 
 
 @triton.jit
-def _quarter(x, x_scale, m, k, M, K, x_m, x_scale_m):
+def quarter(x, x_scale, m, k, M, K, x_m, x_scale_m):
     """Return rows m as FP32, times their scales if there are any; 0 beyond the edges."""
     inside = (m < M)[:, None] & (k < K)[None, :]
     rows = tl.load(x + (m * x_m)[:, None], mask=inside, other=0.0)
