@@ -80,7 +80,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg, how = cfg, recipe(cfg)
-        self.scale = softmax_scale(cfg)
+        self.scale, self.impl = softmax_scale(cfg), "torch"
         self.w_q = Linear(cfg.dim, cfg.n_heads * cfg.qk_head_dim, how)
         self.w_k = Linear(cfg.dim, cfg.kv_heads * cfg.qk_head_dim, how)
         self.w_v = Linear(cfg.dim, cfg.kv_heads * cfg.v_head_dim, how)
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         groups, width = self.cfg.kv_heads, self.cfg.qk_head_dim
         q = rearrange(self.w_q(x), "b t (h n) -> b t h n", n=width)
         k = rearrange(self.w_k(x), "b t (g n) -> b t g n", g=groups)
-        q, k, v = rotate(q, phase), rotate(k, phase), self.w_v(x)
+        q, k, v = rotate(q, phase, self.impl), rotate(k, phase, self.impl), self.w_v(x)
         if cache is not None:
             held = cache.append(torch.cat([rearrange(k, "b s g n -> b s (g n)"), v], dim=-1))
             flat_k, v = held.split([groups * width, groups * self.cfg.v_head_dim], dim=-1)

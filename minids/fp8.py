@@ -31,6 +31,7 @@ from minids.formats.groups import (
     requantise,
     widen,
 )
+from minids.fused.swiglu import gated_backward, gated_quantise
 from minids.impl import kernels
 
 __all__ = [
@@ -162,11 +163,10 @@ class _Linear(torch.autograd.Function):
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, weight, how, dtype):
-        rows, ctx.shape = pack([F.silu(gate) * up], "* i")
-        tiles = quantise(rows, TILE, how.input_scale, ACTIVATION_FLOOR, how.impl)
+        rows, ctx.shape = pack([gate], "* i")
+        formats = (how.input_scale, how.scale_fmt, ACTIVATION_FLOOR, how.impl)
+        tiles, *halves = gated_quantise(rows, pack([up], "* i")[0], *formats)
         w, w_mT = quantise_twice(weight, BLOCK, BLOCK, how.scale_fmt, impl=how.impl)
-        flat = (pack([half], "* i")[0] for half in (gate, up))
-        halves = (quantise(half, TILE, how.scale_fmt, impl=how.impl) for half in flat)
         ctx.save_for_backward(*w_mT[:2], *(part for half in halves for part in half[:2]))
         ctx.how, ctx.dtypes = how, (gate.dtype, weight.dtype)
         return _unpack(scaled_matmul(tiles, w, dtype, how.impl), ctx.shape)
@@ -175,14 +175,12 @@ class _GatedLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         how, (w_mT, *halves) = ctx.how, _operands(ctx, BLOCK, TILE, TILE)
         dy, _ = pack([grads[0]], "* o")
-        gate, up = (dequantise(half, impl=how.impl) for half in halves)
-        hidden = F.silu(gate) * up  # the product is made again
-        columns = quantise(hidden, COLUMN, how.input_scale, impl=how.impl)
-        d_hidden, dw = gradients(dy, w_mT, columns, how, torch.float32)
-        sigmoid = gate.sigmoid()
-        d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
-        d_up = d_hidden * gate * sigmoid
-        dx = (_unpack(half.to(ctx.dtypes[0]), ctx.shape) for half in (d_gate, d_up))
+        rows, columns = quantise_twice(dy, how.grad_group, COLUMN, how.grad_scale, impl=how.impl)
+        d_hidden = scaled_matmul(rows, w_mT, torch.float32, how.impl)
+        kinds = (how.input_scale, ctx.dtypes[0], how.impl)
+        *halves, hidden = gated_backward(d_hidden, *halves, *kinds)  # the product is made again
+        dw = scaled_matmul(columns, hidden.mT, torch.float32, how.impl)
+        dx = (_unpack(half, ctx.shape) for half in halves)
         return *dx, dw.to(ctx.dtypes[1]), None, None
 
 

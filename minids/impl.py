@@ -14,34 +14,29 @@ IMPLS = ("torch", "triton")
 
 
 def use(model: nn.Module, impl: str) -> None:
-    """Let the layers of `model` compute with `impl`: kernels attend (MLA) and multiply FP8.
+    """Let all layers of `model` compute with `impl`.
 
-    Raises ValueError for another name, where torch sees no GPU, and where no layer has a kernel;
-    what `kernels` raises too.
+    Raises ValueError for another name and where torch sees no GPU; what `kernels` raises too.
     """
+    from minids.attention import Attention
+    from minids.ffn import SwiGLU
     from minids.linear import Linear
     from minids.mla import MLA
     from minids.model import Transformer
     from minids.moe import Experts
+    from minids.norm import RMSNorm
+    from minids.router import Router
 
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "triton" and not kernels().interpreted() and not torch.cuda.is_available():
         raise ValueError("impl='triton' needs an NVIDIA GPU, torch sees none: use impl='torch'")
-    n_switched = 0
+    parts = (Attention, Experts, MLA, RMSNorm, Router, SwiGLU, Transformer)
     for module in model.modules():
-        if isinstance(module, Linear) and module.recipe is not None:
-            module.recipe = module.recipe._replace(impl=impl)
-            n_switched += 1
-        elif isinstance(module, MLA | Transformer):
+        if isinstance(module, parts):
             module.impl = impl
-            n_switched += isinstance(module, MLA)
-        elif isinstance(module, Experts):
-            into, out = (how and how._replace(impl=impl) for how in module.recipes)
-            module.recipes = into, out
-    if impl == "triton" and not n_switched:
-        rule = "impl='triton' has kernels for attn='mla' and precision='fp8'"
-        raise ValueError(f"{rule}, the model has neither: choose impl='torch'")
+        elif isinstance(module, Linear) and module.recipe is not None:
+            module.recipe = module.recipe._replace(impl=impl)
 
 
 def kernels() -> ModuleType:

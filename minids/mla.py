@@ -126,14 +126,14 @@ class MLA(nn.Module):
         q = self.w_uq(self.q_norm(self.w_dq(x))) if compressed else self.w_q(x)  # Eq. 6, 7
         q = rearrange(q, "b t (h d) -> b t h d", h=self.cfg.n_heads)
         q_nope, q_rope = q.split([self.cfg.qk_nope_head_dim, self.cfg.qk_rope_head_dim], dim=-1)
-        return q_nope, rotate(q_rope, phase)  # Eq. 8, 9
+        return q_nope, rotate(q_rope, phase, self.impl)  # Eq. 8, 9
 
     def latents(
         self, x: Float[Tensor, "B T D"], phase: Complex[Tensor, "#B T R_half"]
     ) -> Float[Tensor, "B T CR"]:
         """Return what is cached: the normalised latent c_kv, then all heads' one rotated key."""
         c_kv, k_rope = self._split_latent(self.w_dkv(x))  # Eq. 1
-        return torch.cat([self.kv_norm(c_kv), rotate(k_rope, phase)], dim=-1)  # Eq. 3
+        return torch.cat([self.kv_norm(c_kv), rotate(k_rope, phase, self.impl)], dim=-1)  # Eq. 3
 
     def attend_naive(
         self,

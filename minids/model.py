@@ -21,8 +21,10 @@ from minids.block import Block
 from minids.cache import Cache
 from minids.checks.inputs import check_ids, check_lengths
 from minids.config import Config
+from minids.fused.loss import IGNORED
 from minids.impl import use
 from minids.linear import Linear
+from minids.loss import count_targets, target_sum
 from minids.moe import MoE, Routed
 from minids.mtp import MTP, shift
 from minids.norm import RMSNorm, at_least_fp32
@@ -218,19 +220,7 @@ class Transformer(nn.Module):
 
     def _target_sum(self, hidden, targets, mask, depth: int) -> Float[Tensor, ""]:
         """Sum -log p(target) in nats, over targets that lie in their position's document."""
-        logits = rearrange(at_least_fp32(self.head(hidden)), "b t vocab -> (b t) vocab")
         if mask is not None:
             same = mask[:, : targets.shape[1]] == mask[:, depth + 1 :]
-            targets = targets.masked_fill(~same, _IGNORED)
-        targets = rearrange(targets, "b t -> (b t)")
-        return F.cross_entropy(logits, targets, ignore_index=_IGNORED, reduction="sum")
-
-
-_IGNORED = -100  # a target that does not count
-
-
-def count_targets(tokens: Int[Tensor, "B T1"], mask: Int[Tensor, "B T1"] | None = None) -> int:
-    """Return how many next-token targets a batch has; with `mask`, those inside one document."""
-    if mask is None:
-        return tokens[:, 1:].numel()
-    return max(1, int((mask[:, 1:] == mask[:, :-1]).sum()))
+            targets = targets.masked_fill(~same, IGNORED)
+        return target_sum(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.impl)

@@ -2,12 +2,14 @@
 
 Paper   DeepSeek-V3 (arXiv:2412.19437), section 4.2 (on both latents too); RMSNorm arXiv:1910.07467.
 Dims    D any normalised width (model width, query latent, KV latent).
-Book    book/02_model.ipynb             Kernel  none
+Book    book/02_model.ipynb             Kernel  minids_kernels/norm_rms.py
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from minids.impl import kernels
 
 
 def at_least_fp32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -15,15 +17,24 @@ def at_least_fp32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.float() if x.element_size() < 4 else x
 
 
+def rms_norm(
+    x: Float[Tensor, "*shape D"], gain: Float[Tensor, " D"], eps: float, impl: str = "torch"
+) -> Float[Tensor, "*shape D"]:
+    """Normalise the last axis in FP32 (or FP64), round to the input's dtype, apply the gain."""
+    if impl == "triton":
+        return kernels().rms_norm(x, gain, eps)
+    wide = at_least_fp32(x)
+    mean_square = torch.linalg.vecdot(wide, wide)[..., None] / wide.shape[-1]
+    return gain * (wide * (mean_square + eps).rsqrt()).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """Normalise the last axis in FP32 (or FP64), return the input's dtype."""
+    """Normalise the last axis, then scale each channel by a learned gain."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.eps = eps
+        self.eps, self.impl = eps, "torch"
         self.gain = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
-        wide = at_least_fp32(x)
-        mean_square = torch.linalg.vecdot(wide, wide)[..., None] / wide.shape[-1]
-        return self.gain * (wide * (mean_square + self.eps).rsqrt()).to(x.dtype)
+        return rms_norm(x, self.gain, self.eps, self.impl)

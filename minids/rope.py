@@ -3,7 +3,7 @@
 Paper   DeepSeek-V3 (arXiv:2412.19437), Eqs. 3, 8 and section 4.3;
         RoPE arXiv:2104.09864; YaRN arXiv:2309.00071.
 Dims    R rotated channels (even), T positions.
-Book    book/06_rope.ipynb              Kernel  none
+Book    book/06_rope.ipynb              Kernel  minids_kernels/rope_rotate.py
 Differs generic YaRN multiplies cos and sin by a temperature; DeepSeek's release multiplies the
         softmax scale by its square instead (inference/model.py), and so do we: never both.
 """
@@ -16,6 +16,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from minids.config import Config
+from minids.impl import kernels
 from minids.norm import at_least_fp32
 
 
@@ -63,9 +64,11 @@ def phases(
 
 
 def rotate(
-    x: Float[Tensor, "B T *heads R"], phase: Complex[Tensor, "#B T R_half"]
+    x: Float[Tensor, "B T *heads R"], phase: Complex[Tensor, "#B T R_half"], impl: str = "torch"
 ) -> Float[Tensor, "B T *heads R"]:
     """Turn each pair of neighbouring channels (0, 1), (2, 3), ... by its position's angle."""
+    if impl == "triton":
+        return kernels().rotate(x, phase)
     # Complex views refuse odd storage offsets, of a slice here or of its gradient: both are copied.
     pairs = at_least_fp32(x).unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)
     if x.ndim == 4:

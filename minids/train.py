@@ -28,8 +28,9 @@ from minids.config import Config
 from minids.data import Packed
 from minids.evaluate import check_tokenizer
 from minids.files.hf import to_hf
-from minids.model import Transformer, count_targets
-from minids.resume import Position, append_line, load_state, save_state
+from minids.files.resume import Position, append_line, load_state, save_state
+from minids.loss import count_targets
+from minids.model import Transformer
 from minids.schedule import Rates, Schedule
 
 _CLIP = 1.0  # of the gradient's norm

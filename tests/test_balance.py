@@ -95,7 +95,7 @@ def test_the_bias_rule_balances_skewed_tokens_and_no_speed_freezes_it(speed, end
     history = []
     for _ in range(200):
         with torch.no_grad():
-            _, ids, _ = router(x)
+            _, ids, _, _ = router(x)
         load = expert_load(ids, 8)
         history.append(max_vio(load).item())
         update_bias(router.bias, load, speed)

@@ -8,7 +8,7 @@ from torch import Tensor
 from minids import Config, Transformer, preset
 from minids.cache import Cache
 from minids.checks.inputs import check_ids
-from minids.model import count_targets
+from minids.loss import count_targets
 
 # FP32 sums of a few dozen products in another order, through three layers
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)

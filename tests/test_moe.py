@@ -8,7 +8,8 @@ import torch
 
 from minids import preset
 from minids.balance import auxiliary_loss, expert_load, sequence_loss
-from minids.moe import Experts, MoE, dense_loop, run_expert
+from minids.experts.grouped import dense_loop, run_expert
+from minids.moe import Experts, MoE
 
 FP64 = 1e-12  # relative; the same products, summed in another order
 FP32 = 1e-5  # the same in FP32, relative norm
@@ -57,8 +58,9 @@ def draw(tokens: int, width: int, n_experts: int, top_k: int):
     return x, gate, torch.rand(tokens, n_experts).topk(top_k).indices
 
 
-def values_and_gradients(call, experts, x, gate, ids) -> list[torch.Tensor]:
-    y = call(experts, x, gate, ids)
+def values_and_gradients(experts, x, gate, ids, loop=False) -> list[torch.Tensor]:
+    weights = (experts.w_gate_up, experts.w_down)
+    y = dense_loop(x, gate, ids, *weights) if loop else experts(x, gate, ids)
     wanted = [x, gate, experts.w_gate_up, experts.w_down]
     return [y, *torch.autograd.grad(y.sin().sum(), wanted)]
 
@@ -69,8 +71,8 @@ def test_sorting_equals_the_dense_loop(name):
     groups = dict(n_expert_groups=1, n_limited_groups=1, n_activated_experts=1)
     experts = make(Experts, dim=width, moe_inter_dim=hidden, n_routed_experts=n_experts, **groups)
     data = draw(tokens, width, n_experts, top_k)
-    ours = values_and_gradients(Experts.forward, experts, *data)
-    for one, other in zip(ours, values_and_gradients(dense_loop, experts, *data), strict=True):
+    ours = values_and_gradients(experts, *data)
+    for one, other in zip(ours, values_and_gradients(experts, *data, loop=True), strict=True):
         near(one, other)
 
 
@@ -81,8 +83,8 @@ def test_the_grouped_product_of_fp32_equals_the_dense_loop(name):
     experts = make(Experts, dim=width, moe_inter_dim=hidden, n_routed_experts=n_experts).float()
     x, gate, ids = draw(tokens, width, n_experts, top_k)
     data = x.detach().float().requires_grad_(), gate.detach().float().requires_grad_(), ids
-    ours = values_and_gradients(Experts.forward, experts, *data)
-    for one, other in zip(ours, values_and_gradients(dense_loop, experts, *data), strict=True):
+    ours = values_and_gradients(experts, *data)
+    for one, other in zip(ours, values_and_gradients(experts, *data, loop=True), strict=True):
         assert (one - other).norm() <= FP32 * other.norm()
 
 
@@ -90,7 +92,7 @@ def test_all_tokens_to_one_expert():
     experts = make(Experts)
     x, gate, _ = draw(40, 8, 8, 1)
     ids = torch.full((40, 1), 5)
-    y, *_, grad_gate_up, grad_down = values_and_gradients(Experts.forward, experts, x, gate, ids)
+    y, *_, grad_gate_up, grad_down = values_and_gradients(experts, x, gate, ids)
     near(y, gate * run_expert(x, experts.w_gate_up[5], experts.w_down[5]))  # none is dropped
     for grad in (grad_gate_up, grad_down):
         assert grad[5].any()
@@ -148,7 +150,7 @@ def test_load_counts_every_visit_and_alphas_weigh_the_losses():
     layer = make(MoE, seq_loss_alpha=0.5, aux_loss_alpha=0.25)
     x = torch.randn(3, 7, 8, dtype=torch.float64)
     _, routed = layer(x, stats=True)
-    _, ids, score = layer.router(x.flatten(0, 1))
+    _, ids, score, _ = layer.router(x.flatten(0, 1))
     assert routed.load.equal(expert_load(ids, 8))
     assert routed.load.sum() == 3 * 7 * 2
     ids, score = ids.unflatten(0, (3, 7)), score.unflatten(0, (3, 7))
@@ -218,7 +220,7 @@ def near_in_norm(ours: torch.Tensor, loop: np.ndarray) -> None:
 def test_experts_in_fp8_are_near_the_dense_loop_and_equal_it_in_evaluation():
     experts, (x, gate, ids) = in_fp8(), draw(40, 130, 8, 2)
     given = x.detach().float(), gate.detach().float(), ids
-    dense = dense_loop(experts, *given)
+    dense = dense_loop(*given, experts.w_gate_up, experts.w_down)
     assert 0.01 < ((experts(*given) - dense).norm() / dense.norm()).item() < 0.1
     assert (experts.eval()(*given) - dense).norm() <= FP32 * dense.norm()
 

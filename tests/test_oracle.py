@@ -153,7 +153,7 @@ def test_negative_bias_would_show_masking_with_zero():
     model = pair("negative_bias").model
     router = model.routers[0]
     x = torch.randn(200, model.cfg.dim, generator=torch.Generator().manual_seed(3))
-    _, ids, score = router(x)
+    _, ids, score, _ = router(x)
     assert (score + router.bias).max() < 0
     groups = ids // model.cfg.experts_per_group
     assert (groups == groups[:, :1]).all(), "n_limited_groups is 1"

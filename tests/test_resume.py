@@ -1,4 +1,4 @@
-"""minids/resume.py: killed at any moment a run goes on to the same bits; damage is named."""
+"""minids/files/resume.py: killed at any moment a run goes on to the same bits; damage is named."""
 
 import json
 import multiprocessing
@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minids import Config, Transformer, preset, resume
+from minids import Config, Transformer, preset
 from minids.data import Packed
-from minids.files import state
+from minids.files import resume, state
 from minids.schedule import Schedule
 from minids.train import make_optimizer, train
 

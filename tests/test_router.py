@@ -44,12 +44,12 @@ def test_by_hand():
     # sigmoids 1/2, 3/4, 1/4, 1/5; the two best weigh 2.5 * 3/5 and 2.5 * 2/5
     logits = [0.0, math.log(3), -math.log(3), -math.log(4)]
     router, x = with_logits(logits, **ONE_GROUP, route_scale=2.5)
-    gate, ids, score = router(x)
+    gate, ids, score, _ = router(x)
     assert score[0].tolist() == pytest.approx([0.5, 0.75, 0.25, 0.2])
     assert by_expert(gate, ids) == pytest.approx({1: 1.5, 0: 1.0})
     # a bias of 1 brings expert 2 in; it weighs its own 1/4, not 5/4
     router.bias[2] = 1.0
-    gate, ids, _ = router(x)
+    gate, ids, _, _ = router(x)
     assert by_expert(gate, ids) == pytest.approx({2: 0.625, 1: 1.875})
 
 
@@ -57,7 +57,7 @@ def test_v2_rule_by_hand():
     # softmax 1/16, 2/16, 5/16, 8/16, not normalised again, times 16
     router, x = with_logits([math.log(n) for n in (1, 2, 5, 8)], **ONE_GROUP, **V2)
     assert router.bias is None
-    gate, ids, _ = router(x)
+    gate, ids, _, _ = router(x)
     assert by_expert(gate, ids) == pytest.approx({3: 8.0, 2: 5.0})
 
 
@@ -89,7 +89,7 @@ def test_equals_the_loop(name):
     router = make(preset("toy", **CASES[name]))
     x = torch.randn(20, 8, dtype=torch.float64)
     w = {"centroids": router.centroids.detach(), "bias": router.bias}
-    gate, ids, score = router(x)
+    gate, ids, score, _ = router(x)
     for t in range(len(x)):
         weights, scores = equations.gate(x[t], w, router.cfg)
         assert by_expert(gate[t : t + 1], ids[t : t + 1]) == pytest.approx(
@@ -102,7 +102,7 @@ def test_without_bias_and_groups_it_is_top_k_of_sigmoids():
     router = make(preset("toy", **V3 | ONE_GROUP))
     router.bias.zero_()
     x = torch.randn(50, 8, dtype=torch.float64)
-    gate, ids, _ = router(x)
+    gate, ids, _, _ = router(x)
     best = (x @ router.centroids.T).sigmoid().topk(8)
     assert ids.equal(best.indices)
     torch.testing.assert_close(gate, 2.5 * best.values / best.values.sum(-1, keepdim=True))
@@ -113,9 +113,9 @@ def test_without_bias_and_groups_it_is_top_k_of_sigmoids():
 def test_a_constant_on_every_bias_changes_nothing(shift):
     router = make(preset("toy", **V3))
     x = torch.randn(200, 8, dtype=torch.float64)
-    gate, ids, score = router(x)
+    gate, ids, score, _ = router(x)
     router.bias += shift
-    shifted_gate, shifted_ids, shifted_score = router(x)
+    shifted_gate, shifted_ids, shifted_score, _ = router(x)
     assert ids.equal(shifted_ids)
     assert gate.equal(shifted_gate)
     assert score.equal(shifted_score)
@@ -125,7 +125,7 @@ def test_a_constant_on_every_bias_changes_nothing(shift):
 def test_no_token_uses_more_groups_than_allowed(mean_bias):
     router = make(preset("toy", **V3))
     router.bias += mean_bias
-    _, ids, _ = router(torch.randn(500, 8, dtype=torch.float64))
+    _, ids, _, _ = router(torch.randn(500, 8, dtype=torch.float64))
     groups = [len({expert // 32 for expert in row}) for row in ids.tolist()]
     assert max(groups) == 4
     assert all(len(set(row)) == 8 for row in ids.tolist())  # no expert twice
@@ -135,7 +135,7 @@ def test_the_bias_is_no_parameter_and_hides_from_gradients():
     router = make(preset("toy"))
     assert [name for name, _ in router.named_parameters()] == ["centroids"]
     assert "bias" in router.state_dict()
-    gate, _, score = router(torch.randn(9, 8, dtype=torch.float64))
+    gate, _, score, _ = router(torch.randn(9, 8, dtype=torch.float64))
     (gate.square().sum() + score.sum()).backward()
     assert router.centroids.grad.any(dim=-1).all()
     assert not router.bias.requires_grad
@@ -147,13 +147,13 @@ def test_sixteen_bit_tokens_are_scored_in_fp32():
     router = Router(cfg)
     router.centroids = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [1.0, 2**-10]]).bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        gate, ids, score = router(torch.ones(1, 2, dtype=torch.bfloat16))
+        gate, ids, score, _ = router(torch.ones(1, 2, dtype=torch.bfloat16))
     assert ids.item() == 1
     assert gate.dtype == score.dtype == torch.float32
 
 
 def test_scores_that_underflow_give_no_nan():
     router, x = with_logits([-200.0] * 4, **ONE_GROUP)
-    gate, _, score = router.float()(x.float())
+    gate, _, score, _ = router.float()(x.float())
     assert not score.any()
     assert not gate.any()

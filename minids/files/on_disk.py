@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minids.experts.grouped import by_expert, one_token, run_expert
 from minids.files.mapped import Mapped
 from minids.files.shards import expert_tensor
-from minids.moe import by_expert, one_token, run_expert
 
 
 class OnDisk(nn.Module):

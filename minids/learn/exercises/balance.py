@@ -46,7 +46,7 @@ def _gate(score: list[float], bias: list[float], k: int, scale: float):
     with torch.no_grad():
         router.centroids[:, 0] = torch.tensor(score).logit()
         router.bias.copy_(torch.tensor(bias))
-        gate, ids, _ = router(torch.ones(1, 1))
+        gate, ids, _, _ = router(torch.ones(1, 1))
     want = torch.zeros(len(score)).scatter(0, ids[0], gate[0])
     call = f"gate_weights(score={score}, bias={bias}, k={k}, scale={scale})"
     return lambda answer: differs(

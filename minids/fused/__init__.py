@@ -1,0 +1,1 @@
+"""References of kernels that do in one pass what is said here step by step."""
