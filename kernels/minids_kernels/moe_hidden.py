@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from minids_kernels import cards, configs
 from minids_kernels.cards import Card
 from minids_kernels.slots import Slots
-from minids_kernels.softmax import described
+from minids_kernels.softmax import described, empty
 from minids_kernels.tiles import by_four_warps, ceil_div, place
 
 _NAME = "hidden_gradients"
@@ -42,17 +42,19 @@ class Hidden(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
+    COLUMNS: int  # of the tile that are differentiated at a time
     GROUP_M: int
     warps: int
     stages: int
 
 
 CANDIDATES = (
-    Hidden(128, 128, 64, 8, warps=8, stages=4),
-    Hidden(64, 128, 64, 16, warps=4, stages=4),
-    Hidden(16, 128, 64, 16, warps=4, stages=4),
-    Hidden(64, 64, 32, 16, warps=8, stages=3),
-    Hidden(16, 64, 32, 16, warps=4, stages=3),
+    Hidden(128, 128, 64, 64, 8, warps=8, stages=4),
+    Hidden(64, 128, 64, 64, 16, warps=4, stages=4),
+    Hidden(16, 128, 64, 128, 16, warps=4, stages=4),
+    Hidden(128, 256, 64, 32, 8, warps=8, stages=3),
+    Hidden(64, 64, 32, 32, 16, warps=8, stages=3),
+    Hidden(16, 64, 32, 64, 16, warps=4, stages=3),
 )
 _OF_REGISTERS = CANDIDATES[-2:]  # FP32, or where each warp multiplies out of registers
 
@@ -64,12 +66,55 @@ def rule_of_thumb(size: int, itemsize: int, card: Card) -> Hidden:
     return next(config for config in possible if size % config.BLOCK_M == 0)
 
 
+@triton.jit
+def halved(x):
+    """Return the left and the right half of a tile; no number changes its thread."""
+    pair = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    return tl.split(tl.permute(pair, (0, 2, 1)))
+
+
+@triton.jit
+def differentiate(sums, weight, filled, halves, d_halves, gated, m, n):
+    """Write the gradients and gated rows of some columns; return <sums, hidden> by row."""
+    shape: tl.constexpr = sums.shape
+    g = halves.load([m, 0, n]).reshape(shape).to(tl.float32)
+    up = halves.load([m, 1, n]).reshape(shape).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    silu = g * sigmoid
+    hidden = (silu * up).to(gated.dtype).to(tl.float32)  # as forward rounded it
+    hidden = tl.where(filled, hidden, 0.0)
+    of_row = tl.sum(sums * hidden, 1)
+    gated.store([m, n], (hidden * weight).to(gated.dtype))
+    sums *= weight
+    of_up = tl.where(filled, sums * silu, 0.0)
+    d_halves.store([m, 1, n], of_up.to(gated.dtype).reshape(shape[0], 1, shape[1]))
+    of_gate = tl.where(filled, sums * up * sigmoid * (1 + g * (1 - sigmoid)), 0.0)
+    d_halves.store([m, 0, n], of_gate.to(gated.dtype).reshape(shape[0], 1, shape[1]))
+    return of_row
+
+
+@triton.jit
+def take_apart(
+    sums, weight, filled, halves, d_halves, gated, m, n,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Differentiate a tile, COLUMNS at a time: of all of it registers would not hold the factors."""
+    if sums.shape[1] == COLUMNS:
+        of_row = differentiate(sums, weight, filled, halves, d_halves, gated, m, n)
+    else:
+        left, right = halved(sums)
+        of_row = take_apart(left, weight, filled, halves, d_halves, gated, m, n, COLUMNS)
+        n += sums.shape[1] // 2
+        of_row += take_apart(right, weight, filled, halves, d_halves, gated, m, n, COLUMNS)
+    return of_row
+
+
 @triton.jit(do_not_specialize=["V", "tiles_m"])
 def hidden_backward(
     dy, w_desc, gate, halves, d_halves, gated, parts, visit, expert,
     V, tiles_m, M, N, K, dy_row, dy_col, gate_row, gate_col,
     TOP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one tile; TOP experts were chosen by a token."""
     row, column = place(tl.program_id(0), tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -79,36 +124,22 @@ def hidden_backward(
         visits = tl.load(visit + slots)
         filled = visits < V
         token = (visits // TOP).to(tl.int64)
-        n = column * BLOCK_N
         k = tl.arange(0, BLOCK_K)
         rows = dy + token[:, None] * dy_row + k.to(tl.int64)[None, :] * dy_col
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for begin in range(0, K, BLOCK_K):
             inside = filled[:, None] & (k < K - begin)[None, :]
             a = tl.load(rows, mask=inside, other=0.0)
-            b = w_desc.load([e, begin, n]).reshape(BLOCK_K, BLOCK_N)
+            b = w_desc.load([e, begin, column * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
             sums = tl.dot(a, b, sums, input_precision="ieee")
             rows += BLOCK_K * dy_col
-
-        cols = n + tl.arange(0, BLOCK_N)
-        inside = filled[:, None] & (cols < N)[None, :]
-        at = slots.to(tl.int64)[:, None] * (2 * N) + cols[None, :]
-        g = tl.load(halves + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(halves + at + N, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(g)
-        silu = g * sigmoid
-        hidden = (silu * up).to(gated.dtype.element_ty).to(tl.float32)  # as forward rounded it
-        tl.store(parts + column.to(tl.int64) * M + slots, tl.sum(sums * hidden, 1), mask=filled)
-        top = visits % TOP
-        weight = tl.load(gate + token * gate_row + top * gate_col, mask=filled, other=0.0)
-        weight = weight.to(tl.float32)[:, None]
-        sums *= weight
-        kind, written = d_halves.dtype.element_ty, (cols < N)[None, :]  # zeros in empty slots
-        of_gate = sums * up * sigmoid * (1 + g * (1 - sigmoid))
-        tl.store(d_halves + at, of_gate.to(kind), mask=written)
-        tl.store(d_halves + at + N, (sums * silu).to(kind), mask=written)
-        at = slots.to(tl.int64)[:, None] * N + cols[None, :]
-        tl.store(gated + at, (hidden * weight).to(kind), mask=written)
+        at = token * gate_row + visits % TOP * gate_col
+        weight = tl.load(gate + at, mask=filled, other=0.0).to(tl.float32)
+        of_row = take_apart(
+            sums, weight[:, None], filled[:, None], halves, d_halves, gated,
+            row * BLOCK_M, column * BLOCK_N, COLUMNS,
+        )  # fmt: skip
+        tl.store(parts + column.to(tl.int64) * M + slots, of_row, mask=filled)
 
 
 @triton.jit(do_not_specialize=["V", "n_parts"])
@@ -136,8 +167,7 @@ def hidden_gradients(
     card = cards.card(_NAME, dy, w_down, gate, halves, slots.visit)
     _check(dy, w_down, gate, halves, slots)
     (n_tokens, top), (_, K, N), M = slots.place.shape, w_down.shape, len(slots.visit)
-    d_halves = torch.empty((M, 2, N), dtype=dy.dtype, device=dy.device)
-    gated = torch.empty((M, N), dtype=dy.dtype, device=dy.device)
+    d_halves, gated = empty((M, 2, N), dy), empty((M, N), dy)
     d_gate = torch.empty((n_tokens, top), dtype=torch.float32, device=dy.device)
     if 0 in (M, N, K):
         return d_halves.zero_(), gated.zero_(), d_gate.zero_()
@@ -146,13 +176,15 @@ def hidden_gradients(
     config = Hidden(**tuned) if tuned else rule_of_thumb(slots.size, dy.itemsize, card)
     tiles_m, tiles_n = M // config.BLOCK_M, ceil_div(N, config.BLOCK_N)
     parts = torch.empty((tiles_n, M), dtype=torch.float32, device=dy.device)
-    block = [1, config.BLOCK_K, config.BLOCK_N]
+    block, columns = [1, config.BLOCK_K, config.BLOCK_N], [config.BLOCK_M, 1, config.COLUMNS]
     with torch.cuda.device_of(dy):  # Triton launches on the current GPU
         hidden_backward[(tiles_m * tiles_n,)](
             dy, TensorDescriptor.from_tensor(described(w_down), block),
-            gate, halves.contiguous(), d_halves, gated, parts, slots.visit, slots.expert,
+            gate, TensorDescriptor.from_tensor(described(halves), columns),
+            TensorDescriptor.from_tensor(d_halves, columns),
+            TensorDescriptor.from_tensor(gated, columns[::2]), parts, slots.visit, slots.expert,
             n_tokens * top, tiles_m, M, N, K, *dy.stride(), *gate.stride(), top, slots.size,
-            config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.GROUP_M,
+            config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.COLUMNS, config.GROUP_M,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         add_parts[(ceil_div(n_tokens * top, _VISITS),)](
