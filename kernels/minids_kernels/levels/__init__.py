@@ -2,9 +2,10 @@
 
     c[m, n] = sum over k   a[m, k] b[n, k]        in FP32, rounded once
 
-Levels 1 to 6 take matrices of BF16, FP16 or FP32, levels 7 and 8 quantised ones, of any sizes. A
-file says what its idea gains and what bounds it next. They are for reading, with chapter 12: the
-library itself multiplies by torch, fp8_matmul.py and fp8_decode.py.
+Levels 1 to 6 take matrices of BF16, FP16 or FP32 (the last to compare: they are tuned for 16
+bits), levels 7 and 8 quantised ones, of any sizes. A file says what its idea gains and what bounds
+it next. They are for reading, with chapter 12: the library itself multiplies by torch,
+fp8_matmul.py and fp8_decode.py.
 """
 
 from minids_kernels.levels import (

@@ -1,17 +1,21 @@
-"""Level 5: descriptors - the copy engine fetches whole tiles; threads name their corners alone.
+"""Level 5: descriptors - the copy engine fetches whole tiles; threads only ask.
 
-A descriptor, made on the host, says where a matrix lies, its sizes, and how large a tile is. One
-thread asks for a tile; the engine (TMA, on Hopper and later) computes addresses, fills what lies
-outside of the matrix with zeros, and stores results without writing outside.
+A descriptor, made on the host, says where a matrix lies, its sizes, and how large a
+tile is. One thread asks for a tile by its corner; the engine (TMA, on Hopper and later)
+computes addresses, fills up with zeros what lies outside of the matrix, and stores
+nothing there.
 
-Gains   no addresses and no masks in the loop: their instructions and registers are gone.
-Bound   by both ends of a tile: while it is stored and the next program starts, nothing multiplies.
+Gains    no addresses and no masks in the loop: their instructions and registers are
+         free.
+Bound    by both ends of a tile: while it is stored and the next program starts, nothing
+         is multiplied.
 Letters  M and N rows of the operands, K the summed axis.
 Memory   a [M, K], b [N, K], c [M, N]: row-major, rows 16 bytes aligned.
-Grid     one program a tile of c: down GROUP_M tiles, then one to the right.
+Grid     one program for each tile of c: GROUP_M tiles down, then one to the right.
 Book     book/12_kernels.ipynb
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -62,8 +66,9 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Return a b^T [M, N] in the operands' dtype, summed in FP32."""
     a, b, c, card = matrices.plain("levels.described", a, b)
     (M, K), N = a.shape, len(b)
-    kernel[(ceil_div(M, BLOCK) * ceil_div(N, BLOCK),)](
-        *describe(a, b, c), M, N, K, BLOCK, BLOCK, LINE // a.itemsize, GROUP,
-        num_warps=WARPS, num_stages=matrices.stages(card, STAGES, 2 * BLOCK * LINE),
-    )  # fmt: skip
+    with torch.cuda.device_of(c):  # Triton launches on the current GPU
+        kernel[(ceil_div(M, BLOCK) * ceil_div(N, BLOCK),)](
+            *describe(a, b, c), M, N, K, BLOCK, BLOCK, LINE // a.itemsize, GROUP,
+            num_warps=WARPS, num_stages=matrices.stages(card, STAGES, 2 * BLOCK * LINE),
+        )  # fmt: skip
     return c

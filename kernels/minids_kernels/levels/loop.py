@@ -1,14 +1,16 @@
-"""Level 1: one loop - a program for each number of the output, which is a row times a row.
+"""Level 1: one loop - a program for each number of the output: a row times a row.
 
-Gains   as many programs at a time as the card has room for, and 32 products in a step of each.
-Bound   by loads: 2 operations for every 2 numbers read, and each row of a is read N times, each of
-        b M times. The tensor cores are idle.
+Gains    as many programs at a time as the card has room for, and 32 products in a step
+         of each.
+Bound    by loads: 2 operations for every 2 numbers read. Each row of a is read N times,
+         each row of b M times, and the tensor cores are idle.
 Letters  M and N rows of the operands, K the summed axis.
 Memory   a [M, K], b [N, K], c [M, N]: row-major.
-Grid     one program, of one warp, a number of c: along its rows.
+Grid     one program, of one warp, for each number of c: along its rows.
 Book     book/12_kernels.ipynb
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,8 +35,11 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Return a b^T [M, N] in the operands' dtype, summed in FP32."""
     a, b, c, _ = matrices.plain("levels.loop", a, b)
     (M, K), N = a.shape, len(b)
-    kernel[(M * N,)](
-        a, b, c, N, K, a.stride(0), b.stride(0), c.stride(0),
-        BLOCK_K=matrices.LINE, num_warps=1,
-    )  # fmt: skip
+    if M * N >= 2**31:
+        raise ValueError(f"levels.loop: at most 2^31 - 1 sums, got {M} x {N}: cut a")
+    with torch.cuda.device_of(c):  # Triton launches on the current GPU
+        kernel[(M * N,)](
+            a, b, c, N, K, a.stride(0), b.stride(0), c.stride(0),
+            BLOCK_K=matrices.LINE, num_warps=1,
+        )  # fmt: skip
     return c

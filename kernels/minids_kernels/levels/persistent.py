@@ -1,15 +1,16 @@
-"""Level 6: persistent - a program for each multiprocessor walks over tiles, and fetches ahead.
+"""Level 6: persistent - one program a multiprocessor walks over tiles, fetching ahead.
 
-Gains   nothing starts or ends between two tiles: the loads of the next one run while the last one
-        is stored, because both loops are made one (flatten).
-Bound   by the tensor cores, and by what feeds them: a tile of 128 x 128 reads shared memory nearly
-        as fast as it can. Then there are narrower numbers.
+Gains    nothing starts or ends between two tiles: the loads of the next one run while
+         the last one is stored, because both loops are made one (flatten).
+Bound    by the tensor cores, and by what feeds them: products of 128 x 128 tiles take
+         three fourths of what shared memory can deliver. After that, narrower numbers.
 Letters  M and N rows of the operands, K the summed axis.
 Memory   a [M, K], b [N, K], c [M, N]: row-major, rows 16 bytes aligned.
-Grid     one program a multiprocessor; each takes every so-many-th tile.
+Grid     one program for each multiprocessor; it takes every so-many-th tile.
 Book     book/12_kernels.ipynb
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,9 +44,11 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Return a b^T [M, N] in the operands' dtype, summed in FP32."""
     a, b, c, card = matrices.plain("levels.persistent", a, b)
     (M, K), N = a.shape, len(b)
-    stored_bytes = BLOCK * BLOCK * c.itemsize  # on its way out while the next tile comes in
-    kernel[(min(ceil_div(M, BLOCK) * ceil_div(N, BLOCK), card.n_sm),)](
-        *describe(a, b, c), M, N, K, BLOCK, BLOCK, LINE // a.itemsize, GROUP, num_warps=WARPS,
-        num_stages=matrices.stages(card, STAGES, 2 * BLOCK * LINE, stored_bytes),
-    )  # fmt: skip
+    stored_bytes = BLOCK * BLOCK * c.itemsize  # while the next tile comes in
+    with torch.cuda.device_of(c):  # Triton launches on the current GPU
+        kernel[(min(ceil_div(M, BLOCK) * ceil_div(N, BLOCK), card.n_sm),)](
+            *describe(a, b, c), M, N, K, BLOCK, BLOCK, LINE // a.itemsize, GROUP,
+            num_warps=WARPS,
+            num_stages=matrices.stages(card, STAGES, 2 * BLOCK * LINE, stored_bytes),
+        )  # fmt: skip
     return c

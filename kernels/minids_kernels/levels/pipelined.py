@@ -1,13 +1,13 @@
-"""Level 4: pipelined - while one step of the loop is multiplied, the next ones are on their way.
+"""Level 4: pipelined - while one step is multiplied, the next ones are on their way.
 
-The kernel is level 3's, word for word. The compiler turns its loop over: loads become asynchronous
-copies into a ring of buffers in shared memory, and a step multiplies what was asked for STAGES - 1
-steps ago.
+The kernel is level 3's, word for word. The compiler turns its loop over: loads become
+asynchronous copies into a ring of buffers in shared memory, and a step multiplies what
+was asked for some steps before.
 
-Gains   the tensor cores wait for the first step of a tile alone.
-Bound   by what copies cost threads: an address and a mask for every 16 bytes, and registers for
-        both.
-Letters, memory, grid: level 3.
+Gains    the tensor cores wait at the start of a tile alone.
+Bound    by what copies cost the threads: an address and a mask for every 16 bytes, and
+         registers for both.
+Letters, memory, grid: as level 3.
 Book     book/12_kernels.ipynb
 """
 

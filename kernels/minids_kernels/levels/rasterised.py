@@ -1,14 +1,16 @@
-"""Level 3: rasterised - tiles that are made at the same time lie in a square, not in a row.
+"""Level 3: rasterised - tiles made at the same time lie in a square, not in a row.
 
-Gains   a square of tiles reads fewer rows of a and b than a line of as many: the L2 cache answers
-        more of the loads, memory fewer (`traffic.loads` counts both).
-Bound   by waiting, as level 2; but less long.
+Gains    where c is wide, a square of tiles needs fewer rows of a and b than a line of
+         as many: the L2 cache answers more of the loads, memory fewer. `traffic.loads`
+         counts both.
+Bound    by waiting, as level 2, if less long.
 Letters  M and N rows of the operands, K the summed axis.
 Memory   a [M, K], b [N, K], c [M, N]: row-major.
-Grid     one program a tile of c: down GROUP_M tiles, then one to the right (tiles.place).
+Grid     one program for each tile of c: GROUP_M tiles down, then one to the right.
 Book     book/12_kernels.ipynb
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,10 +38,12 @@ def kernel(
 def launch(a: Tensor, b: Tensor, c: Tensor, stages: int) -> Tensor:
     """Write a b^T to c and return it."""
     (M, K), N = a.shape, len(b)
-    kernel[(ceil_div(M, BLOCK) * ceil_div(N, BLOCK),)](
-        a, b, c, M, N, K, a.stride(0), b.stride(0), c.stride(0),
-        BLOCK, BLOCK, matrices.LINE // a.itemsize, GROUP, num_warps=WARPS, num_stages=stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(c):  # Triton launches on the current GPU
+        kernel[(ceil_div(M, BLOCK) * ceil_div(N, BLOCK),)](
+            a, b, c, M, N, K, a.stride(0), b.stride(0), c.stride(0),
+            BLOCK, BLOCK, matrices.LINE // a.itemsize, GROUP,
+            num_warps=WARPS, num_stages=stages,
+        )  # fmt: skip
     return c
 
 

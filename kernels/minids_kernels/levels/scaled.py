@@ -1,14 +1,17 @@
-"""Level 7: scaled - products of FP8, whose sums over 128 numbers are scaled and added in FP32.
+"""Level 7: scaled - FP8 products, whose sums over 128 are scaled and added in FP32.
 
-Gains   half the bytes, twice the products in a cycle.
-Bound   by the sums: the tensor cores hand over every 128 products (DeepSeek-V3's promotion), and
-        adding them up costs the other units as many cycles as a fourth of the products.
+Gains    half the bytes, and twice the products in a cycle.
+Bound    by the sums: every 128 products the tensor cores hand them over (the promotion
+         of DeepSeek-V3), and adding them up costs the other units as many cycles as a
+         fourth of the products. Cards before Hopper multiply out of registers, of which
+         this tile needs too many: right, but slow.
 Letters  M and N rows of the operands, K the summed axis.
-Memory   a [M, K], b [N, K] in E4M3, c [M, N]: row-major, rows 16 bytes aligned; a scale for 128
-         numbers of a row of a, and for 128 x 128 of b.
-Grid     one program a multiprocessor; each takes every so-many-th tile.
+Memory   a [M, K], b [N, K] in E4M3, c [M, N]: row-major, rows 16 bytes aligned; scales
+         for 128 numbers of a row of a, and for 128 x 128 of b.
+Grid     one program for each multiprocessor; it takes every so-many-th tile.
 Paper    DeepSeek-V3 (arXiv:2412.19437), section 3.3.2, Figure 7.
-Book     book/12_kernels.ipynb        Kernel  minids_kernels/fp8_matmul.py, with what is left out
+Book     book/12_kernels.ipynb
+Kernel   minids_kernels/fp8_matmul.py: this one with a choice of tiles, and gradients
 """
 
 import torch
@@ -56,11 +59,12 @@ def multiply(a: Scaled, b: Scaled, dtype: torch.dtype = torch.float32) -> Tensor
     left, right, c, card = matrices.scaled("levels.scaled", a, b, dtype)
     (M, K), N = left.values.shape, len(right.values)
     stored_bytes = BLOCK * BLOCK * c.itemsize
-    kernel[(min(ceil_div(M, BLOCK) * ceil_div(N, BLOCK), card.n_sm),)](
-        left.descriptor(BLOCK), right.descriptor(BLOCK),
-        TensorDescriptor.from_tensor(c, [BLOCK, BLOCK]), left.scale, right.scale,
-        M, N, K, *left.scale.stride(), *right.scale.stride(), BLOCK, BLOCK, GROUP, card.fp8,
-        num_warps=WARPS,
-        num_stages=matrices.stages(card, STAGES, 2 * BLOCK * DEPTH, stored_bytes),
-    )  # fmt: skip
+    with torch.cuda.device_of(c):  # Triton launches on the current GPU
+        kernel[(min(ceil_div(M, BLOCK) * ceil_div(N, BLOCK), card.n_sm),)](
+            left.descriptor(BLOCK), right.descriptor(BLOCK),
+            TensorDescriptor.from_tensor(c, [BLOCK, BLOCK]), left.scale, right.scale,
+            M, N, K, *left.scale.stride(), *right.scale.stride(),
+            BLOCK, BLOCK, GROUP, card.fp8, num_warps=WARPS,
+            num_stages=matrices.stages(card, STAGES, 2 * BLOCK * DEPTH, stored_bytes),
+        )  # fmt: skip
     return c

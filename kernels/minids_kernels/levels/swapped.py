@@ -1,16 +1,19 @@
-"""Level 8: swapped - for few rows of a, the rows of b take the tensor core's longer side.
+"""Level 8: swapped - for few rows of a, rows of b take the tensor core's long side.
 
-Its tile is 64 high or higher, but may be 8 wide: 16 tokens as its height would leave three fourths
-of the products to zeros, and Triton then gives up FP8 products altogether.
+A warpgroup's tile is 64 high, but may be as narrow as 8. With 16 tokens for its height
+three fourths of the products would be of zeros; Triton then leaves FP8 products, and
+multiplies in 16 bits.
 
-Gains   no product is wasted; a program is small enough for several on a multiprocessor, which
-        together keep more loads of the weight on their way.
-Bound   by the bytes of b, where it has tiles for all multiprocessors; else by their number: then K
-        is cut too (fp8_decode.py).
+Gains    few products of zeros, and programs so small that several run on a
+         multiprocessor and keep more of the weight on its way.
+Bound    by the bytes of b, where it has tiles for all multiprocessors. Where it has
+         not, K is cut too: see fp8_decode.py.
 Letters  M and N rows of the operands, K the summed axis.
 Memory   as level 7.
 Grid     (tiles of b's rows, tiles of a's rows).
-Book     book/12_kernels.ipynb        Kernel  minids_kernels/fp8_decode.py
+Paper    DeepSeek-V3 (arXiv:2412.19437), section 3.3.2, Figure 7.
+Book     book/12_kernels.ipynb
+Kernel   minids_kernels/fp8_decode.py: this one with K cut into runs
 """
 
 import torch
@@ -50,9 +53,11 @@ def multiply(a: Scaled, b: Scaled, dtype: torch.dtype = torch.float32) -> Tensor
     """Return a b^T [M, N], summed in FP32 and rounded to `dtype`."""
     left, right, c, card = matrices.scaled("levels.swapped", a, b, dtype)
     (M, K), N = left.values.shape, len(right.values)
-    kernel[(ceil_div(N, ROWS), ceil_div(M, FEW))](
-        left.descriptor(FEW), right.descriptor(ROWS), c, left.scale, right.scale,
-        M, N, K, *left.scale.stride(), *right.scale.stride(), c.stride(0), FEW, ROWS, card.fp8,
-        num_warps=WARPS, num_stages=matrices.stages(card, STAGES, (FEW + ROWS) * DEPTH),
-    )  # fmt: skip
+    with torch.cuda.device_of(c):  # Triton launches on the current GPU
+        kernel[(ceil_div(N, ROWS), ceil_div(M, FEW))](
+            left.descriptor(FEW), right.descriptor(ROWS), c, left.scale, right.scale,
+            M, N, K, *left.scale.stride(), *right.scale.stride(), c.stride(0),
+            FEW, ROWS, card.fp8, num_warps=WARPS,
+            num_stages=matrices.stages(card, STAGES, (FEW + ROWS) * DEPTH),
+        )  # fmt: skip
     return c

@@ -1,14 +1,16 @@
-"""Level 2: tiles - a program makes 128 x 128 sums, and the tensor cores make their products.
+"""Level 2: tiles - a program makes 128 x 128 sums, and the tensor cores multiply.
 
-Gains   every number that is read takes part in 128 products, not in one; a warpgroup's instruction
-        multiplies 64 x 128 x 16 numbers.
-Bound   by waiting: a step loads, then multiplies what it loaded; each half is idle for the other.
+Gains    every number that is read takes part in 128 products, not in one; a warpgroup's
+         instruction makes 64 x 128 x 16 of them.
+Bound    by waiting: a step loads, then multiplies what it loaded, and half of the
+         program is idle at any time.
 Letters  M and N rows of the operands, K the summed axis.
-Memory   a [M, K], b [N, K], c [M, N]: row-major. What lies outside of them is read as zero.
-Grid     one program a tile of c: along its rows.
+Memory   a [M, K], b [N, K], c [M, N]: row-major; outside of them lie zeros.
+Grid     one program for each tile of c: along its rows.
 Book     book/12_kernels.ipynb
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -65,8 +67,9 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Return a b^T [M, N] in the operands' dtype, summed in FP32."""
     a, b, c, _ = matrices.plain("levels.tiled", a, b)
     (M, K), N = a.shape, len(b)
-    kernel[(ceil_div(M, BLOCK) * ceil_div(N, BLOCK),)](
-        a, b, c, M, N, K, a.stride(0), b.stride(0), c.stride(0),
-        BLOCK, BLOCK, matrices.LINE // a.itemsize, num_warps=WARPS, num_stages=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(c):  # Triton launches on the current GPU
+        kernel[(ceil_div(M, BLOCK) * ceil_div(N, BLOCK),)](
+            a, b, c, M, N, K, a.stride(0), b.stride(0), c.stride(0),
+            BLOCK, BLOCK, matrices.LINE // a.itemsize, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
     return c
