@@ -16,6 +16,7 @@ Paper    SwiGLU, arXiv:2002.05202; DeepSeek-V3 (arXiv:2412.19437), Eq. 12 and se
 Book     book/11_fp8.ipynb
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ def gated_backward(
     turned = _allocated((K, M), TILE, device)
     if d_hidden.numel():
         found = configs.find("ffn_swiglu.Columns", (M, K, d_hidden.itemsize), card)
-        config = Columns(**found) if found else Columns(64, 4)
+        config = Columns(**found) if found else Columns(64, 8)
         with torch.cuda.device_of(d_hidden):  # Triton launches on the current GPU
             _from_copies[(ceil_div(M, 128), ceil_div(K, config.BLOCK_K))](
                 d_hidden, stored(gate.values, card.fp8), gate.scale,
@@ -186,7 +187,7 @@ def _quantised(
 ) -> tuple[Scaled, ...]:
     """Return silu(gate) * up by tiles and, with `halves`, gate and up so too."""
     card, shape = cards.card(name, gate, up), gate.shape
-    M, K = gate.numel() // max(shape[-1], 1), shape[-1]
+    M, K = math.prod(shape[:-1]), shape[-1]
     found = [_allocated((M, K), TILE, gate.device) for _ in range(3 if halves else 1)]
     if gate.numel():
         out = [part for y in found for part in (stored(y.values, card.fp8), y.scale)]
