@@ -31,6 +31,7 @@ from minids_kernels.bench import (
     decode,
     floors,
     gemm,
+    levels,
     mla_backward,
     mla_decode,
     mla_prefill,
@@ -64,6 +65,7 @@ ALIKE = mla_decode.Batch((70, 70), heads=3)
 SMALL = (Weight("o", 136, 256), Weight("kv", 130, 128))  # of the second torch needs whole blocks
 TINY = {
     "ceilings": partial(ceilings.cases, 2**10, 64),
+    "levels": partial(levels.cases, 24, few=5),
     "quantise": partial(quantise.cases, (128, 128), (3, 256), (128, 128)),
     "decode": partial(decode.cases, tokens=(1, 16), weights=SMALL),
     "wgrad": partial(wgrad.cases, tokens=256, weights=(Weight("o", 128, 144),)),
@@ -118,7 +120,13 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(kernels, "attend_latent", attend_latent, raising=False)
     monkeypatch.setattr(kernels, "attend_expanded", attend_expanded, raising=False)
     monkeypatch.setattr(mla_prefill_backward, "gradients", gradients)
+    monkeypatch.setattr(levels, "LEVELS", tuple(map(reference_of, levels.LEVELS)))
     compile_nothing(monkeypatch)
+
+
+def reference_of(level):
+    multiply = product if level.scaled else lambda a, b: a @ b.mT
+    return level._replace(module=SimpleNamespace(__name__=level.name, multiply=multiply))
 
 
 def compile_nothing(monkeypatch):
@@ -361,7 +369,7 @@ def test_shapes_of_v3():
     """Eight weights, tokens 1, 16, 64 and 128, 4096; two gradients over 4096 tokens."""
     found = {job: [case.name for case in cases()] for job, cases in JOBS.items()}
     assert {job: len(names) for job, names in found.items()} == dict(
-        ceilings=4, quantise=7, decode=24, wgrad=2, gemm=16,
+        ceilings=4, levels=8, quantise=7, decode=24, wgrad=2, gemm=16,
         mla_decode=20, mla_prefill=4, mla_backward=2,
     )  # fmt: skip
     assert V3 == (128, 128, 64, 128, 512)

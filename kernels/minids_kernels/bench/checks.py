@@ -21,21 +21,26 @@ PRODUCT_ROWS = 32  # sampled at either end of a product
 FP32_ERROR, BF16_ERROR = 1e-3, 2.5e-3
 
 
-def product(result: Tensor, a: Scaled, b: Scaled, total: Tensor | None = None) -> Verdict:
+def product(
+    result: Tensor, a: Tensor | Scaled, b: Tensor | Scaled, total: Tensor | None = None
+) -> Verdict:
     """Compare a product, or what was added to `total`, with FP64."""
     limit = BF16_ERROR if result.dtype == torch.bfloat16 else FP32_ERROR
-    rows = _ends(len(a.values), PRODUCT_ROWS, result.device)
-    expected = exact(a)[rows] @ exact(b).mT
-    found = result[: len(a.values), : len(b.values)][rows].double()
+    left, right = exact(a), exact(b)
+    rows = _ends(len(left), PRODUCT_ROWS, result.device)
+    expected = left[rows] @ right.mT
+    found = result[: len(left), : len(right)][rows].double()
     if total is not None:
         found = found - total[rows].double()
     error = ((found - expected).norm() / expected.norm()).item()
-    right = error <= limit  # False for NaN
-    return Verdict("" if right else f"error {error:.1e}, more than {limit:.1e}", right, error)
+    near = error <= limit  # False for NaN
+    return Verdict("" if near else f"error {error:.1e}, more than {limit:.1e}", near, error)
 
 
-def exact(x: Scaled) -> Tensor:
-    """Return value times scale in FP64, where every such product is exact."""
+def exact(x: Tensor | Scaled) -> Tensor:
+    """Return a matrix in FP64, where every value times its scale is exact."""
+    if isinstance(x, Tensor):
+        return x.double()
     rows, cols = x.values.shape
     scale = x.scale.double()
     spread = scale.repeat_interleave(x.group[0], 0)[:rows].repeat_interleave(x.group[1], 1)
