@@ -133,7 +133,8 @@ def one_stem_across_folders(root: Path) -> Iterator[str]:
     stems = {path.stem for path in core(root)}
     tests = {path.stem.removeprefix("test_") for path in (root / "tests").glob("test_*.py")}
     tests = {stem for stem in tests if not stem.startswith("kernel_")}
-    shared = {"__init__", "style", "treemap", "microscope"}  # by figures and their tests
+    # by figures and their tests
+    shared = {"__init__", "style", "treemap", "microscope", "roofline", "walker"}
     figures = {path.stem for path in (root / "figures").glob("*.py")} - shared
     # a test of one thing that goes with a chapter: its widget, its experiment
     tests = {re.sub(r"^(learn|widget)_", "", stem) for stem in tests}
