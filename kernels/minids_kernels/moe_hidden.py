@@ -98,7 +98,7 @@ def take_apart(
     sums, weight, filled, halves, d_halves, gated, m, n,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Differentiate a tile, COLUMNS at a time: of all of it registers would not hold the factors."""
+    """Differentiate a tile, COLUMNS at a time: registers do not hold the factors of all of it."""
     if sums.shape[1] == COLUMNS:
         of_row = differentiate(sums, weight, filled, halves, d_halves, gated, m, n)
     else:

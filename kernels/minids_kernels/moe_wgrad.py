@@ -73,13 +73,17 @@ CANDIDATES = (
     Groups(64, 32, 8, warps=4, stages=2),
 )  # fmt: skip
 _FEW_SLOTS, _OF_REGISTERS = CANDIDATES[3], CANDIDATES[4]  # the latter for FP32 too
-_GROUPS_OF_REGISTERS = CANDIDATES[-1]
+_TWO_AT_ONCE, _GROUPS_OF_REGISTERS = CANDIDATES[6], CANDIDATES[8]
 
 
 def rule_of_thumb(size: int, itemsize: int, card: Card) -> Rows | Groups:
-    """Return large tiles; small ones where each warp multiplies out of its registers."""
+    """Return tiles of which two programs run on a multiprocessor: one stores, one multiplies.
+
+    An expert of V3 has few slots and a large weight. Small tiles where each warp multiplies out of
+    its registers.
+    """
     if itemsize == 1:
-        return CANDIDATES[5] if by_four_warps(card) else _GROUPS_OF_REGISTERS
+        return _TWO_AT_ONCE if by_four_warps(card) else _GROUPS_OF_REGISTERS
     if itemsize == 4 or not by_four_warps(card):
         return _OF_REGISTERS
     return CANDIDATES[0] if size % CANDIDATES[0].BLOCK_P == 0 else _FEW_SLOTS
