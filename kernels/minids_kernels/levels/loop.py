@@ -33,13 +33,13 @@ def kernel(a, b, c, N, K, a_row, b_row, c_row, BLOCK_K: tl.constexpr):
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Return a b^T [M, N] in the operands' dtype, summed in FP32."""
-    a, b, c, _ = matrices.plain("levels.loop", a, b)
-    (M, K), N = a.shape, len(b)
+    M, N = a.shape[:1].numel(), b.shape[:1].numel()
     if M * N >= 2**31:
         raise ValueError(f"levels.loop: at most 2^31 - 1 sums, got {M} x {N}: cut a")
+    a, b, c, _ = matrices.plain("levels.loop", a, b)
     with torch.cuda.device_of(c):  # Triton launches on the current GPU
         kernel[(M * N,)](
-            a, b, c, N, K, a.stride(0), b.stride(0), c.stride(0),
+            a, b, c, N, a.shape[1], a.stride(0), b.stride(0), c.stride(0),
             BLOCK_K=matrices.LINE, num_warps=1,
         )  # fmt: skip
     return c
