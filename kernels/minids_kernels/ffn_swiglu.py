@@ -101,10 +101,12 @@ def gated_quantise(
 
     All three from one read; `floor` is the product's alone: the least max-abs of a tile.
     """
-    _check("gated_quantise", gate, up)
-    _check_format("gated_quantise", "hidden_scale", hidden_scale)
-    _check_format("gated_quantise", "halves_scale", halves_scale)
-    return _quantised("gated_quantise", gate, up, hidden_scale, floor, True, halves_scale)
+    name = "gated_quantise"
+    _check(name, gate, up)
+    _check_format(name, "hidden_scale", hidden_scale)
+    _check_format(name, "halves_scale", halves_scale)
+    hidden, *halves = _quantised(name, gate, up, hidden_scale, floor, True, halves_scale)
+    return hidden, halves[0], halves[1]
 
 
 def gated_backward(
