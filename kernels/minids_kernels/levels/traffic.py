@@ -32,13 +32,18 @@ def loads(level: Level, M: int, N: int, K: int, n_sm: int = 132, bytes_each: int
     row_bytes = K if level.scaled else K * bytes_each
     scales = _SCALE_BYTES * ceil_div(K, DEPTH) if level.scaled else 0
     l2 = tiles_n * M * (row_bytes + scales) + tiles_m * N * row_bytes + tiles_m * tiles_n * scales
-    memory, at_once = 0, n_sm * walk.programs
+    memory, at_once, stripe = 0, n_sm * walk.programs, walk.group * tiles_n
+    last_stripe = (ceil_div(tiles_m, walk.group) - 1) * stripe  # it may be lower than the others
+    alike: dict[tuple[int, int], int] = {}  # rounds that lie in their stripes in the same way
     for first in range(0, tiles_m * tiles_n, at_once):
         end = min(first + at_once, tiles_m * tiles_n)
-        rows, cols = places(walk, torch.arange(first, end), tiles_m, tiles_n)
-        memory += _height(rows, walk.rows, M) * (row_bytes + scales)
-        memory += _height(cols, walk.cols, N) * row_bytes
-        memory += len(_once(cols * walk.cols // DEPTH)) * scales
+        key = (first % stripe if end <= last_stripe else first, end - first)
+        if key not in alike:
+            rows, cols = places(walk, torch.arange(first, end), tiles_m, tiles_n)
+            of_a = _height(rows, walk.rows, M) * (row_bytes + scales)
+            of_b = _height(cols, walk.cols, N) * row_bytes
+            alike[key] = of_a + of_b + len(_once(cols * walk.cols // DEPTH)) * scales
+        memory += alike[key]
     return Loads(l2, memory)
 
 
