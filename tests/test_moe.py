@@ -9,6 +9,8 @@ import torch
 from minids import preset
 from minids.balance import auxiliary_loss, expert_load, sequence_loss
 from minids.experts.grouped import dense_loop, run_expert
+from minids.experts.scaled import run_scaled_experts
+from minids.formats.groups import BLOCK, quantise
 from minids.moe import Experts, MoE
 
 FP64 = 1e-12  # relative; the same products, summed in another order
@@ -223,6 +225,14 @@ def test_experts_in_fp8_are_near_the_dense_loop_and_equal_it_in_evaluation():
     dense = dense_loop(*given, experts.w_gate_up, experts.w_down)
     assert 0.01 < ((experts(*given) - dense).norm() / dense.norm()).item() < 0.1
     assert (experts.eval()(*given) - dense).norm() <= FP32 * dense.norm()
+
+
+def test_weights_stored_in_fp8_give_what_training_computes_forward():
+    """Inference on blocks as they are published: the same codes, so the same bits."""
+    experts, (x, gate, ids) = in_fp8(), draw(40, 130, 8, 2)
+    given = x.detach().float(), gate.detach().float(), ids
+    weights = (quantise(weight, BLOCK) for weight in experts.parameters())
+    assert torch.equal(run_scaled_experts(*given, *weights, "ue8m0"), experts(*given))
 
 
 def test_one_token_in_fp8():
