@@ -126,15 +126,16 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None):
-        d_total, d_norm = grads if len(grads) == 2 else (None, *grads)
-        dx, d_gain = d_total, None
+    def backward(ctx: Any, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        d_total, d_norm = (None, *grads)[-2:]
+        found, d_gain = d_total, None
         if d_norm is not None:
-            needs_gain = ctx.needs_input_grad[2]
-            dx, d_gain = gradients(d_norm, d_total, *ctx.saved_tensors, ctx.eps, needs_gain)
-        of_both = (dx if dx is None or dtype is None else dx.to(dtype) for dtype in ctx.dtypes)
-        d_x, d_y = of_both
-        return d_x, d_y if ctx.needs_input_grad[1] else None, d_gain, None
+            x, gain = ctx.saved_tensors
+            found, d_gain = gradients(d_norm, d_total, x, gain, ctx.eps, ctx.needs_input_grad[2])
+        of_x, of_y = ctx.dtypes
+        dx = None if found is None else found.to(of_x)
+        dy = None if found is None or of_y is None else found.to(of_y)
+        return dx, dy, d_gain, None
 
 
 def _forward(
@@ -264,6 +265,7 @@ def _normalise(
     if scale is None:
         tl.store(out + (m * out_m)[:, None] + d, norm, mask=inside)
     else:
+        norm = tl.where(inside, norm, 0.0)  # behind a row it may be 0 times infinity
         scale += batch * tl.cdiv(D, 128) * M
         put_tiles(norm.to(tl.float32), out, scale, m, 0, M, D, out_m, least, STEPS, FP8)
 
