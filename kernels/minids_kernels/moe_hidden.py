@@ -53,8 +53,8 @@ CANDIDATES = (
     Hidden(64, 128, 64, 64, 16, warps=4, stages=4),
     Hidden(16, 128, 64, 128, 16, warps=4, stages=4),
     Hidden(128, 256, 64, 32, 8, warps=8, stages=3),
-    Hidden(64, 64, 32, 32, 16, warps=8, stages=3),
-    Hidden(16, 64, 32, 64, 16, warps=4, stages=3),
+    Hidden(64, 64, 16, 32, 16, warps=8, stages=3),
+    Hidden(16, 64, 16, 64, 16, warps=4, stages=3),
 )
 _OF_REGISTERS = CANDIDATES[-2:]  # FP32, or where each warp multiplies out of registers
 
