@@ -149,10 +149,10 @@ class Rows:
         self.chunks = [chosen(n, width, itemsize, card) for width in widths]
         parts = zip(widths, self.chunks, strict=True)
         self.runs = [n_runs(n, width, chunk, card) for width, chunk in parts]
-        floats = dict(dtype=torch.float32, device=device)
-        self.largest = torch.empty((sum(self.runs), n), **floats)
+        size = (sum(self.runs), n)
+        self.largest = torch.empty(size, dtype=torch.float32, device=device)
         self.total = torch.empty_like(self.largest)
-        self.right = torch.empty(n, **floats)  # logits of the targets
+        self.right = torch.empty(n, dtype=torch.float32, device=device)  # logits of the targets
 
     def read(self, part: int, logits: Tensor) -> None:
         """Take in the logits of one part."""

@@ -37,7 +37,7 @@ from minids_kernels import cards
 from minids_kernels.tiles import ceil_div
 
 _NAME = "AdamW"
-_BLOCK, _WARPS = 2048, 4
+_BLOCK, _WARPS = 2048, 8
 _ALIGNED = 16  # bytes that a thread moves at once
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names in the state
 _OF_TORCH = ("amsgrad", "maximize")  # options that a loaded state may bring along
