@@ -209,8 +209,8 @@ def _choose(
     if KEEP < G:
         kept = _keep(tl.reshape(order, (BLOCK_M, BLOCK_G, BLOCK_S)), KEEP, BEST)
         kept = tl.broadcast_to(kept[:, :, None], (BLOCK_M, BLOCK_G, BLOCK_S))
-        order = tl.where(tl.reshape(kept, (BLOCK_M, BLOCK_G * BLOCK_S)), order, _DROPPED)
-        order = tl.where(is_expert[None, :], order, _BEHIND)
+        kept = tl.reshape(kept, (BLOCK_M, BLOCK_G * BLOCK_S))
+        order = tl.where(kept, order, tl.minimum(order, _DROPPED))  # padding stays behind
     n = tl.arange(0, BLOCK_K)
     taken = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
     for i in range(K):
