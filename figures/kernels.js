@@ -198,7 +198,9 @@ function drawOperand(w, step, box, isB) {
   const { slices } = w, count = isB ? w.tilesN : w.tilesM, first = isB ? w.tilesM : 0;
   const across = (isB ? box.width : box.height) / count, deep = (isB ? box.height : box.width) / slices;
   const cell = (at, k, n, attrs, inset = 0) => {
-    const [from, wide, low, long] = [at * across + inset * across, across * (1 - 2 * inset), k * deep + inset * deep, n * deep * (1 - 2 * inset)];
+    const share = w.extents[first + at] / (isB ? w.p.block_n : w.p.block_m); // of the tile, in the matrix
+    const [from, wide] = [(at + inset) * across, across * share * (1 - 2 * inset)];
+    const [low, long] = [(k + inset * n) * deep, n * deep * (1 - 2 * inset)];
     return isB ? rect(box.x + from, box.y + low, wide, long, attrs) : rect(box.x + low, box.y + from, long, wide, attrs);
   };
   const parts = [];
@@ -240,7 +242,7 @@ function drawNumbers(w, step, box) {
     const [row, col] = place(tile, w.tilesM, w.tilesN, w.p.group_m), now = tile >= first && tile < end;
     const [wide, high] = [w.extents[w.tilesM + col] / w.p.block_n, w.extents[row] / w.p.block_m];
     return text(box.x + (col + wide / 2) * cw, box.y + (row + high / 2) * ch + 3.5, tile,
-      { style: `font-size:${wide < 0.7 ? 9 : 10}px;${now ? "font-weight:700" : ""}`, "fill-opacity": now || tile < first ? 1 : 0.6 });
+      { "data-at": `${row} ${col}`, style: `font-size:${wide < 0.7 ? 9 : 10}px;${now ? "font-weight:700" : ""}`, "fill-opacity": now || tile < first ? 1 : 0.6 });
   });
 }
 
@@ -281,7 +283,7 @@ function drawTime(node, w, number) {
   parts.push(rect(8, y, 346, high, { fill: "none", stroke: "currentColor" }),
     ui.svg("line", { x1: at, x2: at, y1: y - 4, y2: y + high + 4, stroke: PINK, "stroke-width": 2.5 }),
     text(180, 14, `${ui.comma(p.at_once)} places, in time: blue multiplies`),
-    text(180, y + high + 18, `hatched waits for its first tiles, white has none`));
+    text(180, y + high + 18, "hatched waits for its first tiles, empty has no tile"));
   node.replaceChildren(...parts);
 }
 
@@ -343,13 +345,17 @@ const cacheSize = ui.slider(box, { label: "L2 cache", name: "l2", min: 0, max: d
 const shape = ui.el("details", {}, ui.el("summary", { "data-name": "more" }, "M, N, K, tiles and programs: change them"));
 root.append(shape);
 const more = ui.controls(shape);
-const numeric = (label, name) => ui.number(more, { label, name, min: 1, step: 1, value: first[name] });
+function numeric(label, name) {
+  const input = ui.number(more, { label, name, min: 1, step: 1, value: first[name] });
+  input.style.width = "6rem";
+  return input;
+}
 const power = (label, name) => ui.choice(more, { label, name, options: POWERS, value: String(first[name]) });
 const inputs = {
   m: numeric("M: rows of A", "m"), n: numeric("N: rows of B", "n"), k: numeric("K: the summed axis", "k"),
   block_m: power("BLOCK_M", "block_m"), block_n: power("BLOCK_N", "block_n"), block_k: power("BLOCK_K", "block_k"),
   number_bytes: ui.choice(more, { label: "numbers of A and B", name: "number_bytes", value: String(first.number_bytes), options: [["1", "FP8, 1 byte"], ["2", "BF16, 2 bytes"]] }),
-  at_once: ui.number(more, { label: `programs at once (${card.name}: ${card.multiprocessors})`, name: "at_once", min: 1, step: 1, value: first.at_once }),
+  at_once: numeric(`programs at once (${card.name}: ${card.multiprocessors})`, "at_once"),
   persistent: ui.choice(more, { label: "a program makes", name: "persistent", value: "true", options: [["true", "many tiles (persistent)"], ["false", "one tile"]] }),
   start: ui.slider(more, { label: "steps until its first tiles are there", name: "start", min: 0, max: 8, value: first.start }),
   swapped: ui.toggle(more, { label: "swap the sides: B's rows go down", name: "swapped", value: first.swapped }),

@@ -461,7 +461,7 @@ def test_outside_of_git_it_is_said(tmp_path):
 def test_there_is_a_demo_of_each_chapter_with_a_widget_on_one_question():
     if not DEMOS:
         pytest.skip("NOT RUN: a students' copy has no demos")
-    assert {"balance", "count", "fp8", "mla"} <= {path.stem for path in DEMOS}
+    assert {"balance", "count", "fp8", "kernels", "mla"} <= {path.stem for path in DEMOS}
     for path in DEMOS:
         text = path.read_text(encoding="utf-8")
         assert text == normalise.to_text(normalise.normalise(json.loads(text))), path
@@ -473,7 +473,7 @@ def test_there_is_a_demo_of_each_chapter_with_a_widget_on_one_question():
 
 def test_demo_of_a_chapter_without_one_says_which_there_are():
     if DEMOS:
-        with pytest.raises(ValueError, match="count, fp8, mla"):
+        with pytest.raises(ValueError, match="count, fp8, kernels, mla"):
             demo.demo("00")
 
 
