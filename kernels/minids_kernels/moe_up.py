@@ -77,7 +77,7 @@ def rule_of_thumb(size: int, itemsize: int, card: Card) -> Up:
     if itemsize == 1:
         if not by_four_warps(card):
             return CANDIDATES[3] if few else CANDIDATES[6]
-        return CANDIDATES[4 if few else 0 if size == 128 else 1]
+        return CANDIDATES[3 if few else 0 if size == 128 else 1]
     if itemsize == 4 or not by_four_warps(card):
         return CANDIDATES[12 if few else 11]
     return CANDIDATES[10 if few else 7 if size == 128 else 9]
