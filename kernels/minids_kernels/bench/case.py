@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from minids_kernels.bench.floors import Rates, Work
+from minids_kernels.bench.floors import Rates, Steps, Work
 
 OURS = "minids"  # the side that is measured, where it is a kernel of ours
 Call = Callable[[], Any]  # runs once on the device and returns the result
@@ -64,11 +64,13 @@ class Case:
 
     job: str
     name: str
-    work: Work
+    work: Work | Steps
     inputs: Callable[[str], tuple]  # from a device: tensors and tuples of them
     sides: dict[str, Prepare]
     check: Callable[..., Verdict] | None = None  # of a result and the inputs it came from
     goals: tuple[Goal, ...] = ()
+    tokens: int = 0  # of a call, where it does a model's work
+    layers: int = 0  # of the model, where a call is one of them
 
 
 Cases = Callable[..., Iterator[Case]]  # a job, cheap to list: nothing is allocated yet
@@ -93,11 +95,13 @@ class Row:
 
     job: str
     name: str
-    work: Work
+    work: Work | Steps
     sides: dict[str, Side]
     datasheet: Rates
     ceilings: Rates
     goals: tuple[Goal, ...]
+    tokens: int = 0
+    layers: int = 0
 
     @property
     def ours(self) -> Side:
@@ -143,6 +147,15 @@ class Row:
     def tb_s(self) -> float | None:
         return self._per_us(self.work.moved_bytes)
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        return None if not self.tokens or self.ours.us is None else 1e6 * self.tokens / self.ours.us
+
+    @property
+    def model_us(self) -> float | None:
+        """Return what as many such layers take as the model has."""
+        return None if not self.layers or self.ours.us is None else self.layers * self.ours.us
+
     def ratio(self, peer: str) -> float | None:
         """Return a peer's time over ours."""
         theirs, ours = self.sides[peer].us if peer in self.sides else None, self.ours.us
@@ -169,6 +182,10 @@ class Row:
             "percent_of_copy": self.percent_of_copy,
             "tflops": self.tflops,
             "tb_s": self.tb_s,
+            "tokens": self.tokens,
+            "tokens_per_s": self.tokens_per_s,
+            "layers": self.layers,
+            "model_us": self.model_us,
             "sides": {name: vars(side) for name, side in self.sides.items()},
             "ratios": {name: self.ratio(name) for name in self.peers},
             "goals": [goal.judge(self) for goal in self.goals],

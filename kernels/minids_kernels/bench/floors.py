@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from minids_kernels.bench.shapes import Attention
+from minids_kernels.bench.shapes import Attention, Experts
 
 GROUP = 128  # values that share a scale, along one axis or two
 _SCALE_BYTES = 4
@@ -52,6 +52,37 @@ class Work(NamedTuple):
             return 0.0
         rate = getattr(rates, self.unit)
         return None if rate is None else self.operations / rate / 1e6
+
+
+class Steps(NamedTuple):
+    """What calls must do at least that wait for each other: each has a floor of its own."""
+
+    works: tuple[Work, ...]
+
+    @property
+    def moved_bytes(self) -> int:
+        return sum(work.moved_bytes for work in self.works)
+
+    @property
+    def operations(self) -> int:
+        return sum(work.operations for work in self.works)
+
+    def us_at(self, rates: Rates) -> float | None:
+        """Return the sum of all floors at these rates; None where one is unknown."""
+        return _sum(work.us_at(rates) for work in self.works)
+
+    def memory_us(self, rates: Rates) -> float | None:
+        """Return the microseconds that all bytes take."""
+        return _sum(work.memory_us(rates) for work in self.works)
+
+    def compute_us(self, rates: Rates) -> float | None:
+        """Return the microseconds that all operations take, each at its unit's rate."""
+        return _sum(work.compute_us(rates) for work in self.works)
+
+
+def _sum(parts: Iterable[float | None]) -> float | None:
+    known = list(parts)
+    return None if None in known else sum(part for part in known if part is not None)
 
 
 def product(m: int, n: int, k: int) -> Work:
@@ -105,6 +136,20 @@ def latent_decode(lengths: Sequence[int], queries: int, sizes: Attention) -> Wor
     of_queries = len(lengths) * queries * heads * (key + value)  # read, and results
     operations = 2 * pairs * heads * (key + value)
     return Work(2 * (sum(lengths) * key + of_queries), operations, "bf16_tflops")
+
+
+def active_experts(tokens: int, experts: int, k: int) -> int:
+    """Return how many experts some token chooses, if each chooses k of them evenly by chance."""
+    return round(experts * (1 - (1 - k / experts) ** tokens))
+
+
+def routed_experts(visits: int, active: int, sizes: Experts) -> Work:
+    """FP8: the weights of active experts, each visit's row in, hidden rows out and in, result."""
+    width, hidden = sizes.dim, sizes.hidden
+    weight = 3 * width * hidden
+    scales = _SCALE_BYTES * 3 * _groups(width) * _groups(hidden)
+    row = (1 + _SCALE_BYTES / GROUP) * (width + 2 * hidden) + 2 * width
+    return Work(active * (weight + scales) + round(visits * row), 2 * visits * weight)
 
 
 def _groups(length: int) -> int:

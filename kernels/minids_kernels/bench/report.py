@@ -72,7 +72,19 @@ def job_table(rows: list[Row]) -> str:
     measured = "torch µs" if rows[0].job == ceilings.JOB else "minids µs"
     head = ["case", measured, "floor µs", "bound", "% of floor", "% of ceiling", "TFLOP/s", "TB/s",
             "check", "goals", *(f"{name} µs (ratio, error)" for name in peers)]  # fmt: skip
-    return table(head, [_cells(row, peers) for row in rows])
+    cells = [_cells(row, peers) for row in rows]
+    if any(row.tokens for row in rows):  # what a model does, not a kernel
+        head += ["tokens/s", "all layers"]
+        cells = [[*line, *_of_model(row)] for line, row in zip(cells, rows, strict=True)]
+    return table(head, cells)
+
+
+def _of_model(row: Row) -> list[str]:
+    """Return tokens a second of what was measured, and what the whole model would take of it."""
+    if row.model_us is None or row.tokens_per_s is None:
+        return [number(row.tokens_per_s), NOTHING]
+    whole = f"{row.layers} x: {row.model_us / 1000:,.1f} ms"
+    return [number(row.tokens_per_s), f"{whole}, {number(row.tokens_per_s / row.layers)} tokens/s"]
 
 
 def _cells(row: Row, peers: list[str]) -> list[str]:

@@ -72,7 +72,8 @@ def measure(case: Case, bench: Bench, deadline: float, reached: Rates) -> Row:
     """Return the row of a case; a side that fails is a note in it, and so is one dropped."""
     torch.manual_seed(0)
     sides = {name: Side() for name in case.sides}
-    row = Row(case.job, case.name, case.work, sides, bench.datasheet, reached, case.goals)
+    whole = (case.goals, case.tokens, case.layers)
+    row = Row(case.job, case.name, case.work, sides, bench.datasheet, reached, *whole)
     drawn: list[tuple] = []
     if not attempt(row.ours, lambda: drawn.extend(draw(case, bench))):
         return row

@@ -39,4 +39,14 @@ class Attention(NamedTuple):
         return (self.nope + self.rope) ** -0.5
 
 
+class Experts(NamedTuple):
+    """Widths of routed experts."""
+
+    dim: int
+    hidden: int
+    experts: int
+    k: int  # of a token
+
+
+V3_EXPERTS = Experts(dim=7168, hidden=2048, experts=256, k=8)
 V3 = Attention(heads=128, nope=128, rope=64, value=128, latent=512)
