@@ -8,7 +8,9 @@ import importlib
 import pkgutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from html import escape
 from traceback import extract_tb
 from typing import Any
 
@@ -37,6 +39,7 @@ class Exercise:
     hints: tuple[str, ...]  # from gentle to plain
     solution: str
     wrong: dict[str, str]  # what is wrong with it -> source
+    picture: Callable[[Any], str] | None = None  # HTML that a notebook shows for an answer
 
 
 class Text(str):
@@ -56,6 +59,10 @@ class Verdict:
     right: bool
     answered: bool = True
     failed: str | None = None  # name of the first property that does not hold
+    picture: Callable[[], str] | None = None  # drawn where a notebook shows it
+
+    def _repr_html_(self) -> str | None:
+        return self.picture and f"<pre>{escape(self.text)}</pre>{self.picture()}"
 
     def __bool__(self) -> bool:
         return self.right
@@ -70,6 +77,12 @@ def check(which: str, answer: Any) -> Verdict:
     ValueError only where there is no such exercise.
     """
     exercise = find(which)
+    verdict = _judge(which, exercise, answer)
+    drawn = partial(exercise.picture, answer) if exercise.picture else None
+    return replace(verdict, picture=drawn)
+
+
+def _judge(which: str, exercise: Exercise, answer: Any) -> Verdict:
     if answer is ...:
         return _unanswered(which)
     if f"def {exercise.name}(" in exercise.start and not callable(answer):

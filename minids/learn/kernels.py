@@ -61,11 +61,12 @@ def begin() -> Text:
         raise NotHereError(_NO_TRITON)
     os.environ[_SWITCH] = "1"  # read where a kernel is defined, Triton's own ones too
     import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime import interpreter
 
-    if not isinstance(tl.cdiv, InterpretedFunction):
+    if not isinstance(tl.cdiv, interpreter.InterpretedFunction):
         raise NotHereError(_TOO_LATE)
-    _let_tensors_bound_loops()
+    if interpreter._patch_lang_tensor.__module__ != __name__:
+        interpreter._patch_lang_tensor = _mended(interpreter._patch_lang_tensor)
     return Text("Kernels run in Triton's interpreter: on the CPU, one program after another.")
 
 
@@ -74,19 +75,14 @@ def is_interpreted() -> bool:
     return find_spec("triton") is not None and os.environ.get(_SWITCH) == "1"
 
 
-def _let_tensors_bound_loops() -> None:
+def _mended(patch: Callable[[type, Any], None]) -> Callable[[type, Any], None]:
     """Let `range` take a kernel's number, which Triton 3.6 forbids from NumPy 2.4 on."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-    if patch.__module__ == __name__:
-        return
 
     def mended(tensor: type, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = mended
+    return mended
 
 
 def record(run: Callable[[], Any]) -> list[Access]:
@@ -110,13 +106,15 @@ def record(run: Callable[[], Any]) -> list[Access]:
 
 @contextmanager
 def _watched() -> Iterator[list[Access]]:
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     if not is_interpreted():
         raise NotHereError("only the interpreter can be watched: call begin() before the kernels")
     found: list[Access] = []
     arrays: list[_Array] = []
-    copy, load, store = (
+    bound, copy, load, store = (
+        interpreter._patch_lang_tensor,
         GridExecutor._init_args_hst,
         InterpreterBuilder.create_masked_load,
         InterpreterBuilder.create_masked_store,
@@ -138,6 +136,7 @@ def _watched() -> Iterator[list[Access]]:
         return store(self, ptrs, value, mask, *rest, **named)
 
     try:
+        interpreter._patch_lang_tensor = _mended(bound)
         GridExecutor._init_args_hst = copied
         InterpreterBuilder.create_masked_load = loaded
         InterpreterBuilder.create_masked_store = stored
@@ -146,6 +145,7 @@ def _watched() -> Iterator[list[Access]]:
             warnings.simplefilter("ignore", RuntimeWarning)
             yield found
     finally:
+        interpreter._patch_lang_tensor = bound
         GridExecutor._init_args_hst = copy
         InterpreterBuilder.create_masked_load = load
         InterpreterBuilder.create_masked_store = store

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minids.formats import groups
-from minids.learn.kernels import Access, OutOfBoundsError, record
+from minids.learn.kernels import Access, record
 from minids.learn.puzzles import FP16, LATENT, PAGE, ROTARY, Test, pages, randn, scaled
 
 Tiles = list[Access]
@@ -47,14 +47,24 @@ def reads_once(number: int, *names: str) -> Test:
     return test
 
 
-def tiles(number: int, answer: Any) -> tuple[Tiles, dict[str, tuple[int, ...]]]:
-    """Return what to draw: the accesses of an answer, or as long as there is none, the plan."""
-    here, found = example(number), []
+def tiles(number: int, answer: Any) -> Tiles:
+    """Return what an answer touches in its example; nothing where it does not run through."""
+    here = example(number)
     try:
-        found = record(lambda: answer(*here.given))
-    except (NotImplementedError, OutOfBoundsError):
-        pass
-    return found or here.tiles, here.shapes
+        return record(lambda: answer(*here.given))
+    except Exception:  # whatever it is: `check` tells it in words
+        return []
+
+
+def picture(number: int, answer: Any) -> str:
+    """Return a picture for a notebook: the answer's tiles or, until it runs, those of the plan."""
+    from figures import kernels as figures
+    from figures import style
+
+    here, found = example(number), tiles(number, answer)
+    told = "What your programs touch" if found else "What each program should load and store"
+    shown = style.show(figures.draw_tiles(found or here.tiles, here.shapes), figures.ALT_TILES)
+    return f"<p>{told}:</p>{shown._repr_html_()}"
 
 
 def _loads(tiles: Tiles) -> dict[tuple[tuple[int, ...], str], np.ndarray]:
@@ -85,7 +95,7 @@ def _add() -> Example:
 
 
 def _rms_norm() -> Example:
-    (M, N), plan = (4, 24), []
+    (M, N), plan = (3, 24), []
     for p in range(M):
         sides = (("load", "x", p), ("load", "gain", 0), ("store", "out", p))
         plan += [_tile((p, 0), k, name, range(m, m + 1), range(N), N) for k, name, m in sides]
@@ -94,7 +104,7 @@ def _rms_norm() -> Example:
 
 
 def _multiply() -> Example:
-    (M, N, K), plan = (40, 24, 48), []
+    (M, N, K), plan = (24, 24, 48), []
     for i, m in _cut(M, 16):
         for j, n in _cut(N, 16):
             plan += [_tile((i, j), "load", "a", m, range(K), K)]
@@ -125,7 +135,7 @@ def _top_k() -> Example:
 
 
 def _scaled_multiply() -> Example:
-    (M, N, K, G), plan = (24, 160, 200, 2), []
+    (M, N, K, G), plan = (12, 160, 200, 2), []
     for i, m in _cut(M, 16):
         for j, n in _cut(N, 64):
             block = n[0] // 128

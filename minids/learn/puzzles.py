@@ -50,7 +50,7 @@ def scaled(rows: int, cols: int, group: tuple[int, int]) -> groups.Scaled:
 
 def pages(length: int, size: float = 1.0) -> tuple[Any, ...]:
     """Return what `attend` is given: latents in pages out of order, NaN in all unused slots."""
-    table = torch.tensor([0, 4, 1, 3])[: -(-length // PAGE)].int()
+    table = torch.tensor([0, 4, 2, 5])[: -(-length // PAGE)].int()
     store = torch.full((6, PAGE, LATENT + ROTARY), torch.nan)
     held = randn(length, LATENT + ROTARY)
     for j, page in enumerate(table.tolist()):

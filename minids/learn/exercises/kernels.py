@@ -5,11 +5,12 @@ Dims    M, N rows of the operands, K the summed axis, as in kernels/; F hidden w
 Book    book/12_kernels.ipynb           Kernel  none
 """
 
+from functools import partial
 from typing import Any
 
 from minids.formats.groups import BLOCK, TILE
 from minids.learn.check import Exercise, Property
-from minids.learn.plans import reads_once
+from minids.learn.plans import picture, reads_once
 from minids.learn.puzzles import (
     FP16,
     Test,
@@ -34,6 +35,7 @@ Change = tuple[str, str]  # a piece of the solution, and what stands there inste
 
 def _KernelExercise(
     *,
+    number: int,
     signature: str,
     launcher: str,
     solution: str,
@@ -47,7 +49,8 @@ def _KernelExercise(
 
     changed = {mistake: source(_changed(solution, pieces)) for mistake, pieces in wrong.items()}
     full = source(solution) if solution else ""
-    return Exercise(start=source(_EMPTY), solution=full, wrong=changed, **rest)
+    drawn = partial(picture, number)
+    return Exercise(start=source(_EMPTY), solution=full, wrong=changed, picture=drawn, **rest)
 
 
 def _changed(body: str, pieces: Change | tuple[Change, ...]) -> str:
@@ -105,6 +108,7 @@ def _step_of(length: int, size: float = 1.0) -> Test:
 
 EXERCISES = (
     _KernelExercise(
+        number=1,
         name="add",
         title="A sum, tile by tile",
         statement="Write `add_kernel`: `out = x + y` for vectors of `n` numbers. Program "
@@ -150,6 +154,7 @@ EXERCISES = (
         },
     ),
     _KernelExercise(
+        number=2,
         name="rms_norm",
         title="A row in one read",
         statement="Write `rms_norm_kernel`: one program normalises one row of `x` `[M, N]`, "
@@ -198,6 +203,7 @@ EXERCISES = (
         },
     ),
     _KernelExercise(
+        number=3,
         name="multiply",
         title="A product of tiles",
         statement="Write `multiply_kernel`: `c = a b^T` for `a` `[M, K]` and `b` `[N, K]`, FP16, "
@@ -261,6 +267,7 @@ EXERCISES = (
         },
     ),
     _KernelExercise(
+        number=4,
         name="gate_up",
         title="SwiGLU before anything is stored",
         statement="Write `gate_up_kernel`: `x` `[M, K]`, FP16, meets `w` `[2 F, K]`, whose first F "
@@ -322,13 +329,14 @@ EXERCISES = (
         },
     ),
     _KernelExercise(
+        number=5,
         name="top_k",
         title="The router's choice in one word",
         statement="Write `top_k_kernel`: a program takes a row of `score` `[T, E]`, FP32, and "
         "writes the ids of its K largest, largest first; of equal scores the lower id. Pack score "
-        "and id into one int64, so that a single `tl.max` settles both. The bits of a positive float are "
-        "ordered as an integer is; those of a negative one backwards. Scores may be -inf; none is "
-        "NaN or -0.",
+        "and id into one int64, so that a single `tl.max` settles both. The bits of a positive "
+        "float are ordered as an integer is; those of a negative one backwards. "
+        "Scores may be -inf; none is NaN or -0.",
         signature="""def top_k_kernel(
     score, ids, E, K: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -376,6 +384,7 @@ EXERCISES = (
         },
     ),
     _KernelExercise(
+        number=6,
         name="scaled_multiply",
         title="The block-scaled product",
         statement="Write `scaled_kernel`, the product of [chapter 11](11_fp8.ipynb): `a` `[M, K]` "
@@ -437,6 +446,7 @@ EXERCISES = (
         },
     ),
     _KernelExercise(
+        number=7,
         name="multiply_few",
         title="Few rows: sides swapped, K cut",
         statement="Write `few_kernel` for `x` `[M, K]` of at most 16 rows and `w` `[N, K]`, FP16. "
@@ -502,12 +512,13 @@ EXERCISES = (
         },
     ),
     _KernelExercise(
+        number=8,
         name="attend",
         title="A step of latent attention",
         statement="Write `attend_kernel`: 16 heads, one new token, absorbed queries `q` "
         "`[H, C + R]`. The cache `store` `[pages, PAGE, C + R]`, FP32, holds latents and rotary "
-        "keys; the sequence's pages are `table[0]`, `table[1]`, ..., its slots number `length`, and all "
-        "others may be NaN. Scores are `scale` q·slot; `out` `[H, C]` is the mean of the "
+        "keys; the sequence's pages are `table[0]`, `table[1]`, ..., its slots number `length`, "
+        "and all others may be NaN. Scores are `scale` q·slot; `out` `[H, C]` is the mean of the "
         "*latents*, weighed by softmax. Walk over pages, and read each slot once.",
         signature="""def attend_kernel(
     q, store, table, out, length, scale,
