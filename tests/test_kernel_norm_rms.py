@@ -527,7 +527,7 @@ def test_every_candidate_compiles(config):
     calls = [
         {"call": call, "shape": (4096, max(D, 128)), "of_x": "bfloat16", "of_gain": "float32",
          "config": asked}
-        for call in CALLS if ("backward" in call) == (kind == "Walk")
+        for call in CALLS if ("backward" in call) == (kind == "Walk") and "add, " in call
     ]  # fmt: skip
     for call, kernels in zip(
         calls, compile_calls("test_kernel_norm_rms", "launch", calls), strict=True
@@ -538,7 +538,7 @@ def test_every_candidate_compiles(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [card for card in CARDS if card != HOPPER], ids=str)
 def test_compiles_for_other_cards(capability):
-    calls = [call for call in COMPILED if call["of_gain"] == "float32"]
+    calls = [call for call in COMPILED if call["shape"][1] == 7168 and call["of_gain"] == "float32"]
     found = compile_calls("test_kernel_norm_rms", "launch", calls, capability)
     for call, kernels in zip(calls, found, strict=True):
         assert all(kernel.spilled_bytes == 0 for kernel in kernels), call
