@@ -15,8 +15,9 @@ Grid     forward: one program a tile of BLOCK_M whole rows. Backward: a few prog
 Memory   x, y and gradients in any strides; results are contiguous; FP8 as in fp8_quantise.py.
 Numbers  as the reference's: sums in FP32, a division and a root rounded to nearest, x r rounded to
          the dtype of x before the gain. How a row is cut depends on D and the dtype alone, so its
-         bits do not change with the rows beside it. Codes and scales are those of quantise(norm).
-         Gradients are computed in FP32 and rounded once.
+         bits do not change with the rows beside it. Only the order of a row's sum is not torch's,
+         nor the same with and without FP8: where it comes out the same, so do all bits, and codes
+         and scales are those of quantise(norm). Gradients are in FP32, rounded once.
 Paper    RMSNorm, arXiv:1910.07467; DeepSeek-V3 (arXiv:2412.19437), Figure 2 and section 3.3.2.
 Book     book/12_kernels.ipynb
 """
