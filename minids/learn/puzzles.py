@@ -37,7 +37,7 @@ def among_nan(x: Tensor) -> Tensor:
     around = torch.full((x.numel() + 2 * _MARGIN,), torch.nan if x.dtype.itemsize > 1 else 0x7F)
     around = around.to(kind)
     inside = around[_MARGIN : _MARGIN + x.numel()].unflatten(0, x.shape)
-    inside.copy_(x.view(kind))
+    inside.copy_(x.view(around.dtype))
     return inside.view(x.dtype)
 
 
