@@ -62,7 +62,8 @@ def run_experts(x: Tensor, gate: Tensor, ids: Tensor, w_gate_up: Tensor, w_down:
     differentiable = torch.is_grad_enabled() and any(
         part.requires_grad for part in (x, gate, *weights)
     )
-    size = size_for(*ids.shape, len(w_down), differentiable, card)
+    (n_tokens, k), E = ids.shape, len(w_down)
+    size = size_for(n_tokens, k, E, differentiable, card)
     return _Experts.apply(x.to(dtype), gate, ids, *weights, size, differentiable)
 
 
@@ -86,8 +87,8 @@ def run_scaled_experts(
     _check(name, x, gate, ids, w_gate_up.values, w_down.values)
     if not ids.numel():
         return torch.empty_like(x)
-    E = len(w_down.values)
-    slots = align(ids, E, size_for(*ids.shape, E, False, card))
+    (n_tokens, k), E = ids.shape, len(w_down.values)
+    slots = align(ids, E, size_for(n_tokens, k, E, False, card))
     tiles = quantise(x, TILE, input_scale, ACTIVATION_FLOOR)
     hidden, _ = up(tiles, slots, w_gate_up, x.dtype, hidden_scale, ACTIVATION_FLOOR)
     return combine(rows_by_expert(hidden, w_down, slots, x.dtype), gate, slots)
@@ -129,8 +130,8 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, gate, w_gate_up, w_down, halves, *rest = ctx.saved_tensors
-        slots = Slots(*rest, ctx.size)
+        x, gate, w_gate_up, w_down, halves, *parts = ctx.saved_tensors
+        slots = Slots._make((*parts, ctx.size))
         of_x, of_gate, _, of_into, of_out, *_ = ctx.needs_input_grad
         d_halves, gated, d_gate = hidden_gradients(dy, w_down, gate, halves, slots)
         d_halves, tokens = d_halves.flatten(1), _tokens(slots)
@@ -158,6 +159,7 @@ class _ScaledExperts(torch.autograd.Function):
         del w_into  # before the other weights take their memory
         w_out, w_out_mT = quantise_twice(w_down, BLOCK, BLOCK, out.scale_fmt)
         y = rows_by_expert(hidden, w_out, slots, dtype)
+        assert halves is not None, "they were to be kept"
         kept = [quantise(half, TILE, out.scale_fmt) for half in halves.unbind(1)]
         pairs = (part for q in (tiles, *kept, w_into_mT, w_out_mT) for part in q[:2])
         ctx.save_for_backward(gate, y, *slots[:4], *pairs)
@@ -168,21 +170,23 @@ class _ScaledExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, y, *rest = ctx.saved_tensors
-        slots, (into, out), dtypes = Slots(*rest[:4], DEPTH), ctx.recipes, ctx.dtypes
+        slots, (into, out), dtypes = Slots._make((*rest[:4], DEPTH)), ctx.recipes, ctx.dtypes
         groups = (TILE, TILE, TILE, BLOCK, BLOCK)
         pairs = zip(rest[4::2], rest[5::2], groups, strict=True)
-        tiles, *halves, w_into_mT, w_out_mT = (Scaled(*pair) for pair in pairs)
+        tiles, gate_half, up_half, w_into_mT, w_out_mT = map(Scaled._make, pairs)
         d_y, d_gate = spread(dy, y, gate, slots)
         assert d_gate is not None, "y was given"
         rows, d_columns = quantise_twice(d_y, out.grad_group, COLUMN, out.grad_scale)
         d_hidden = rows_by_expert(_by_tiles(rows), w_out_mT, slots, torch.float32)
-        *d_halves, hidden = gated_backward(d_hidden, *halves, out.input_scale, dy.dtype)
+        d_gate_half, d_up_half, hidden = gated_backward(
+            d_hidden, gate_half, up_half, out.input_scale, dy.dtype
+        )
         d_out = grad_by_expert(d_columns, hidden.mT, slots, dtypes[2])
         x_columns = columns(tiles, _tokens(slots), slots, into.input_scale)
         E, _, D, F = w_into_mT.values.shape
         d_into = torch.empty((E, 2, F, D), dtype=dtypes[1], device=dy.device)
         d_rows = None
-        for n, d_half in enumerate(d_halves):
+        for n, d_half in enumerate((d_gate_half, d_up_half)):
             rows, d_columns = quantise_twice(d_half, into.grad_group, COLUMN, into.grad_scale)
             w = Scaled(w_into_mT.values[:, n], w_into_mT.scale[:, n], BLOCK)
             d_rows = rows_by_expert(_by_tiles(rows), w, slots, dtypes[0], d_rows)

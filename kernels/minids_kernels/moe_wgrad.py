@@ -230,7 +230,7 @@ def grad_by_expert(
     groups of (1, 128). Rows of empty slots must be zero. The sum is added to `out` in place where
     it is given, in `dtype`. Raises ValueError for shapes that do not fit.
     """
-    N, K = (len(part.values) if isinstance(part, Scaled) else part.shape[-1] for part in (dy, x))
+    N, K = (part.shape[-1] if isinstance(part, Tensor) else len(part.values) for part in (dy, x))
     _check(dy, x, slots, dtype, out, dy_rows, x_rows)
     add, E = out is not None, len(slots.start) - 1
     if out is None:
@@ -249,15 +249,17 @@ def write_gradient(
     x_rows: Tensor | None = None,
 ) -> None:
     """Write the sums of `grad_by_expert` to `out` [E, N, K], of any strides, or add them."""
-    parts = [y for part in (dy, x) for y in (part[:2] if isinstance(part, Scaled) else [part])]
+    parts = [y for part in (dy, x) for y in ([part] if isinstance(part, Tensor) else part[:2])]
     card = cards.card(_NAME, *parts, out, slots.start)
-    if not out.numel():
+    if not len(slots.visit) and not add:
+        out.zero_()
+    if 0 in (len(slots.visit), out.numel()):
         return
     with torch.cuda.device_of(out):  # Triton launches on the current GPU
-        if isinstance(dy, Scaled) and isinstance(x, Scaled):
-            _launch_groups(dy, x, slots, out, add, card)
-        elif isinstance(dy, Tensor) and isinstance(x, Tensor):
+        if isinstance(dy, Tensor) and isinstance(x, Tensor):
             _launch_rows(dy, dy_rows, x, x_rows, slots, out, add, card)
+        elif not isinstance(dy, Tensor) and not isinstance(x, Tensor):
+            _launch_groups(dy, x, slots, out, add, card)
 
 
 def _launch_groups(dy: Scaled, x: Scaled, slots: Slots, out: Tensor, add: bool, card: Card) -> None:
@@ -315,12 +317,12 @@ def _check(
     x_rows: Tensor | None,
 ) -> None:
     P = len(slots.visit)
-    if isinstance(dy, Scaled) != isinstance(x, Scaled):
+    if isinstance(dy, Tensor) != isinstance(x, Tensor):
         raise ValueError(
             f"{_NAME}: dy and x must both be Scaled or both tensors: quantise the other"
         )
     for name, part, rows in (("dy", dy, dy_rows), ("x", x, x_rows)):
-        if isinstance(part, Scaled):
+        if not isinstance(part, Tensor):
             _check_scaled(name, part, P, rows)
         elif part.ndim != 2 or part.dtype not in DTYPES or (rows is None and len(part) != P):
             raise ValueError(
@@ -333,14 +335,14 @@ def _check(
     if isinstance(dy, Tensor) and isinstance(x, Tensor) and dy.dtype != x.dtype:
         got = f"{dy.dtype} and {x.dtype}"
         raise ValueError(f"{_NAME}: dy and x must have one dtype, got {got}: cast one")
-    size = DEPTH if isinstance(dy, Scaled) else 16
+    size = 16 if isinstance(dy, Tensor) else DEPTH
     if slots.size % size:
         got = slots.size
         raise ValueError(f"{_NAME}: slots.size must be a multiple of {size}, got {got}: align so")
     if dtype not in DTYPES:
         raise ValueError(f"{_NAME}: dtype must be one of {DTYPES}, got {dtype}: cast the result")
     if out is not None:
-        N, K = (len(y.values) if isinstance(y, Scaled) else y.shape[-1] for y in (dy, x))
+        N, K = (y.shape[-1] if isinstance(y, Tensor) else len(y.values) for y in (dy, x))
         shape = (len(slots.start) - 1, N, K)
         if tuple(out.shape) != shape or out.dtype != dtype:
             got = f"{tuple(out.shape)} in {out.dtype}"
