@@ -44,7 +44,7 @@ V3 = (256, True, How(8, 4, 2, 8, True, 2.5))
 V2 = (160, False, How(8, 3, 1, 6, False, 16.0))  # groups of 20
 LITE = (64, False, How(1, 1, 1, 6, False, 1.0))
 ODD = (30, True, How(5, 3, 2, 7, True, 1.0))
-ALL = (12, True, How(4, 2, 3, 12, True, 1.0))  # every expert: dropped ones come last
+ALL = (12, True, How(4, 2, 2, 12, True, 1.0))  # every expert: dropped ones come last
 CASES = [V3, V2, LITE, ODD, ALL]
 MARGIN = 1e-5  # of choices: within it the card's exp may order two experts in its own way
 # A card's exp2, the product with log2(e) before it and a division are each off by up to two units
@@ -129,7 +129,7 @@ def test_example_by_hand(device):
     bias = torch.tensor([0.0, 0.0, 0.0, 2.0], device=device)
     y = route(logit, bias, 1, 1, 1, 2, True, 3.0)
     assert y.ids.tolist() == [[3, 1], [3, 2]]
-    assert y.gate.tolist() == [[1.0, 2.0], [1.0, 2.0]]
+    assert y.gate.flatten().tolist() == pytest.approx([1.0, 2.0, 1.0, 2.0])
     assert y.score.tolist() == [[0.5, 1.0, 0.5, 0.5], [0.0, 0.5, 1.0, 0.5]]
     assert y.load.tolist() == [0, 1, 1, 2]
     y = route(logit, bias, 2, 1, 1, 2, False, 1.0)  # the second group holds the best
@@ -157,11 +157,12 @@ def divisors(n: int) -> list[int]:
 
 
 @st.composite
-def any_how(draw_from):
+def any_how(draw_from, most_best=2):
+    """Draw what to tell `route`; sums of more than two choices are rounded in any order."""
     experts = draw_from(st.integers(1, 70) | st.sampled_from([127, 128, 129, 160]))
     groups = draw_from(st.sampled_from(divisors(experts)))
     keep = draw_from(st.integers(1, groups))
-    best = draw_from(st.integers(1, min(2, experts // groups)))
+    best = draw_from(st.integers(1, min(most_best, experts // groups)))
     k = draw_from(st.integers(1, min(experts, 9)))
     return (
         experts,
@@ -191,7 +192,7 @@ def exact_numbers(tokens: int, experts: int, seed: int) -> tuple[Tensor, Tensor]
 
 
 @settings(max_examples=12)
-@given(case=any_how(), seed=st.integers(0, 1000))
+@given(case=any_how(most_best=5), seed=st.integers(0, 1000))
 def test_ties_go_to_the_lower_index(device, case, seed):
     """Nothing but ties: of experts, of groups, at the last place that is taken."""
     experts, _, how = case
@@ -227,7 +228,7 @@ def test_negative_choices_are_not_beaten_by_dropped_groups(device):
     bias = torch.tensor([-1.2, -1.2, -1.0, -1.0], device=device)
     y = routed(logit, bias, How(2, 1, 2, 2, True, 1.0))
     assert y.ids.tolist() == [[2, 3]]
-    assert y.gate.tolist() == [[0.5, 0.5]]
+    assert y.gate[0].tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_biases_of_minus_infinity_tie_with_dropped_groups(device):
@@ -414,7 +415,7 @@ def test_every_candidate_gives_the_same(config, device):
     with configs.trying(KERNEL, config._asdict()) as trial, poisoned_memory():
         got = run(logit)
         alone = run(logit[2:3].detach().requires_grad_())
-    assert len(trial.asked) == 4
+    assert len(trial.asked) == 2  # backward takes what forward took
     for a, b, c in zip(want, got, alone, strict=True):
         assert is_written(b.detach())
         assert torch.equal(a, b)

@@ -3,10 +3,11 @@
     score = sigmoid(logit), or softmax where there is no bias;    choice = score + bias
     gate = scale * score / (sum of the k scores + 1e-20)
 
-A warp holds a token's E choices as whole numbers that order as they do, NaN above all. k times it
-takes the largest number, then the first place that holds it: equal choices go to the lower index,
-as in a stable sort. Groups are ranked at once: each counts those ahead of it, of equal ones the
-first. What is dropped becomes -inf, not 0: a biased choice may be negative.
+A warp holds a token's E choices as whole numbers that order as they do, NaN above all; of 32 bits,
+since a warp finds the largest of those in one instruction. K times it takes the largest, then the
+first place that holds it: equal choices go to the lower index, as in a stable sort. Groups are
+ranked at once: each counts those ahead of it, of equal ones the first. What is dropped becomes
+-inf, not 0: a biased choice may be negative.
 
 The load is counted by atomic additions of integers: exact, in any order. They need zeros to add to,
 which is a second, smaller launch; all else would be one too.
@@ -95,9 +96,9 @@ class _Route(torch.autograd.Function):
         ids = torch.empty((M, k), dtype=torch.int64, device=device)
         score = torch.empty((M, E), dtype=torch.float32, device=device)
         load = torch.zeros(E, dtype=torch.int64, device=device)
+        config = chosen(M, E, k, card)
         if M:
             groups, keep, best = how
-            config = chosen(M, E, k, card)
             with torch.cuda.device_of(logit):  # Triton launches on the current GPU
                 _choose[(ceil_div(M, config.BLOCK_M),)](
                     logit, bias, gate, ids, score, load, scale, M, *logit.stride(),
@@ -106,7 +107,7 @@ class _Route(torch.autograd.Function):
                     num_warps=config.warps,
                 )  # fmt: skip
         ctx.save_for_backward(score, ids)
-        ctx.how = k, normalise, scale, bias is not None
+        ctx.how = k, normalise, scale, bias is not None, config
         ctx.mark_non_differentiable(ids, load)
         ctx.set_materialize_grads(False)
         return gate, ids, score, load
@@ -120,8 +121,8 @@ class _Route(torch.autograd.Function):
         d_logit = torch.empty_like(score)
         if not given or not len(score):
             return d_logit.zero_(), None, None, None, None, None
-        (M, E), (k, normalise, scale, biased) = score.shape, ctx.how
-        config = chosen(M, E, k, cards.card(_NAME, score, *given))
+        (M, E), (k, normalise, scale, biased, config) = score.shape, ctx.how
+        cards.card(_NAME, score, *given)
         steps = [(0, 0) if x is None else x.stride() for x in (d_gate, d_score)]
         with torch.cuda.device_of(score):
             _differentiate[(ceil_div(M, config.BLOCK_M),)](
