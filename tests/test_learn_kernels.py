@@ -134,7 +134,7 @@ def test_the_picture_is_the_plan_until_there_is_an_answer(number):
     start = value(this.start, this.name)
     assert plans.tiles(number, start) == []
     shown = check(f"kernels.{number}", start)._repr_html_()
-    assert shown.startswith(f"<pre>○ kernels.{number}: not answered yet.")
+    assert f">○ kernels.{number}: not answered yet." in shown
     assert "<p>What each program should load and store:</p><img alt=" in shown
     names = {access.name for access in plans.example(number).tiles}
     assert names == set(plans.example(number).shapes)

@@ -62,7 +62,8 @@ class Verdict:
     picture: Callable[[], str] | None = None  # drawn where a notebook shows it
 
     def _repr_html_(self) -> str | None:
-        return self.picture and f"<pre>{escape(self.text)}</pre>{self.picture()}"
+        told = f'<pre style="white-space: pre-wrap">{escape(self.text)}</pre>'
+        return self.picture and told + self.picture()
 
     def __bool__(self) -> bool:
         return self.right
