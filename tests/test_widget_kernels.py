@@ -476,10 +476,10 @@ def test_walker_in_the_dark(site_page):
 def test_what_a_step_loads_is_told_by_shape_too(site_page):
     """From DRAM fills its cell, from L2 is smaller: the colour is not needed."""
     page = site_page(f"{CHAPTER}.html")
-    put(page, SMALL._replace(l2_mib=200.0))
+    put(page, SMALL._replace(m=576, n=640, l2_mib=200.0))  # whole tiles
     orange, green = (style.COLOURS[n] for n in (1, 2))
     sizes = {orange: set(), green: set()}
-    for number in range(0, 36, 4):
+    for number in range(0, 30, 4):
         control(page, "step").fill(str(number))
         found = page.evaluate(
             "() => [...document.querySelectorAll('[data-name=walk] rect')]"
