@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compiled import compile_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from torch import Tensor
 from minids import fp8
 from minids.experts import scaled
 from minids.formats.groups import Scaled
+from minids.fused import swiglu
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -30,9 +32,6 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 # FP8 in FP32: the same codes, sums in another order. On a card a product has about 14 bits, so of a
 # thousand numbers one falls to another code, 9 % away on average: 0.09 / sqrt(1000).
 SAME_CODES, ON_A_CARD = 2e-6, 1e-2
-# FP8 in BF16: the reference rounds silu(gate) and the hidden rows to BF16 before they are
-# quantised, and weights of visits: 3 % of codes fall elsewhere, 0.09 sqrt(0.03), three times.
-IN_BF16 = 0.03
 RECIPES = {
     "published": (fp8.INTO_EXPERTS, fp8.OUT_OF_EXPERTS),
     "plain": (fp8.MOST, fp8.MOST),
@@ -50,7 +49,7 @@ def drawn(
     """Return ids, dy, and what is differentiated: x, gate and the weights."""
     generator = torch.Generator().manual_seed(seed)
     x, dy = (torch.randn(tokens, width, generator=generator) for _ in range(2))
-    gate = torch.rand(tokens, k, generator=generator)
+    gate = torch.rand(tokens, k, generator=generator).bfloat16().float()  # as references round it
     matrices = weights(experts, width, hidden, dtype, device, seed)
     ids = draw_ids(load, tokens, experts, k, device)
     return ids, dy.to(device, dtype), x.to(device, dtype), gate.to(device), *matrices
@@ -97,12 +96,12 @@ def test_16_bits_equal_the_loop_and_its_gradients(dtype, device):
     check(*drawn(dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 4, 2), (5, 3, 3), (1, 1, 1)])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 4, 2), (5, 3, 3), (3, 1, 1)])
 def test_one_token_and_all_experts(tokens, experts, k, device):
     check(*drawn("any", tokens, experts, k, device=device))
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 3), st.integers(1, 70),
        st.integers(1, 70), st.sampled_from(list(TOLERANCE)))  # fmt: skip
 def test_random_shapes(device, tokens, experts, k, width, hidden, dtype):
@@ -124,7 +123,7 @@ def test_inference_is_the_same_by_other_tiles(device):
     with torch.no_grad():
         found = run_experts(inputs[0], inputs[1], ids, *inputs[2:])
     assert not found.requires_grad
-    assert error(found, trained) < TOLERANCE[torch.float32]
+    assert error(found, trained.detach()) < TOLERANCE[torch.float32]
 
 
 def test_only_what_asks_for_gradients_gets_them(device):
@@ -135,10 +134,20 @@ def test_only_what_asks_for_gradients_gets_them(device):
     assert torch.equal(x.grad, wanted)
 
 
+@contextmanager
+def autocast_on() -> Iterator[None]:
+    """Say that autocast is on for GPUs, also where there is none."""
+    kinds = {"cuda": torch.bfloat16}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda kind: kind in kinds)
+        patch.setattr(torch, "get_autocast_dtype", kinds.__getitem__)
+        yield
+
+
 def test_autocast_and_mixed_dtypes(device):
     """FP32 masters under autocast meet in BF16; their gradients are FP32 again."""
     ids, dy, x, gate, *matrices = drawn(tokens=9, device=device)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    with autocast_on():
         found = differentiated(run_experts, ids, dy, x, gate, *matrices)
     assert [part.dtype for part in found] == [torch.bfloat16, *[torch.float32] * 4]
     narrow = [part.bfloat16() for part in (x, *matrices)]
@@ -204,8 +213,23 @@ def test_memory_that_waits(device):
 # FP8
 
 
-def same_codes() -> float:
-    return SAME_CODES if cards.interpreted() else ON_A_CARD
+def tolerance(dtype: torch.dtype = torch.float32) -> float:
+    """Return what is allowed where the codes are the same: sums, and roundings to 16 bits."""
+    codes = SAME_CODES if cards.interpreted() else ON_A_CARD
+    return codes if dtype == torch.float32 else codes + TOLERANCE[dtype]
+
+
+@contextmanager
+def hidden_in_fp32() -> Iterator[None]:
+    """Let references quantise hidden rows as kernels do: not rounded to 16 bits before."""
+
+    def wide(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate.float()) * up.float()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaled, "swiglu", wide)
+        patch.setattr(swiglu, "swiglu", wide)
+        yield
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -213,7 +237,7 @@ def test_scaled_experts_equal_the_reference(load, device):
     ids, _, x, gate, *matrices = drawn(load, width=136, hidden=130, device=device)
     stacks = [blocks(w) for w in matrices]
     found = run_scaled_experts(x, gate, ids, *stacks)
-    assert error(found, scaled.run_scaled_experts(x, gate, ids, *stacks)) < same_codes()
+    assert error(found, scaled.run_scaled_experts(x, gate, ids, *stacks)) < tolerance()
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 3, 3), (40, 4, 1), (40, 1, 1)])
@@ -225,51 +249,56 @@ def test_scaled_experts_of_many_and_few_tokens(dtype, tokens, experts, k, device
     with poisoned_memory():
         found = run_scaled_experts(x, gate, ids, *stacks, "ue8m0", "ue8m0")
     assert found.dtype == dtype
-    wanted = scaled.run_scaled_experts(x, gate, ids, *stacks, "ue8m0", "ue8m0")
-    assert error(found, wanted) < (same_codes() if dtype == torch.float32 else IN_BF16)
+    with hidden_in_fp32():
+        wanted = scaled.run_scaled_experts(x, gate, ids, *stacks, "ue8m0", "ue8m0")
+    assert error(found, wanted) < tolerance(dtype)
 
 
-def check_training(name: str, inputs, tolerance: float, module: ModuleType = moe_experts) -> None:
+def check_training(name: str, inputs, module: ModuleType = moe_experts) -> None:
     def by(run):
         return lambda x, gate, ids, *matrices: run(x, gate, ids, *matrices, *RECIPES[name])
 
-    wanted = differentiated(by(scaled.train_experts), *inputs)
+    with hidden_in_fp32():
+        wanted = differentiated(by(scaled.train_experts), *inputs)
     with poisoned_memory():
         found = differentiated(by(module.train_experts), *inputs)
     for x, y in zip(found, wanted, strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        assert error(x, y) < tolerance
+        assert error(x, y) < tolerance(inputs[1].dtype)
 
 
+def test_training_equals_the_reference(device):
+    """Experts without visits among them."""
+    check_training("published", drawn("few of many", 9, 3, 1, 40, 24, device=device))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_training_equals_the_reference(name, device):
-    check_training(name, drawn("any", 9, 2, 1, 40, 24, device=device), same_codes())
-
-
 @pytest.mark.parametrize("load", LOADS)
-def test_training_of_lopsided_loads(load, device):
-    check_training("published", drawn(load, 9, 3, 1, 40, 24, device=device), same_codes())
+def test_training_by_every_recipe(load, name, device):
+    check_training(name, drawn(load, 9, 3, 1, 40, 24, device=device))
 
 
 @pytest.mark.slow
 def test_training_of_several_groups_everywhere(device):
     """Two groups of tokens an expert, two blocks of every width, ragged ones."""
     inputs = drawn("any", 150, 2, 2, 200, 136, device=device)
-    check_training("published", inputs, same_codes())
+    check_training("published", inputs)
 
 
 def test_training_in_bf16(device):
     inputs = drawn("any", 9, 2, 2, 40, 24, torch.bfloat16, device)
-    check_training("published", inputs, IN_BF16)
+    check_training("published", inputs)
 
 
 def test_training_under_autocast_gives_its_dtype(device):
     ids, _, x, gate, *matrices = drawn("any", 5, 2, 1, 40, 24, device=device)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    with autocast_on():
         y = train_experts(x, gate, ids, *matrices, *RECIPES["published"])
-    wanted = scaled.train_experts(x, gate, ids, *matrices, *RECIPES["published"])
-    assert y.dtype == torch.bfloat16
-    assert error(y, wanted) < IN_BF16
+    with hidden_in_fp32(), torch.autocast(device, dtype=torch.bfloat16):
+        wanted = scaled.train_experts(x, gate, ids, *matrices, *RECIPES["published"])
+    assert y.dtype == wanted.dtype == torch.bfloat16
+    assert error(y, wanted) < tolerance(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +330,7 @@ def test_bad_input_is_named(call, words, device):
 
 def check_all(module: ModuleType) -> None:
     check(*drawn(tokens=5, experts=2, width=24, hidden=16), module=module)
-    check_training("published", drawn("any", 5, 2, 2, 40, 24), SAME_CODES, module)
+    check_training("published", drawn("any", 5, 2, 2, 40, 24), module)
 
 
 @pytest.mark.parametrize(
@@ -384,15 +413,17 @@ def test_scaled_v3_widths_on_a_card(tokens):
     ids, _, x, gate, *matrices = drawn("any", tokens, 16, 8, 7168, 2048, torch.bfloat16, "cuda")
     stacks = [blocks(w) for w in matrices]
     found = run_scaled_experts(x, gate, ids, *stacks)
-    assert error(found, scaled.run_scaled_experts(x, gate, ids, *stacks)) < IN_BF16
+    with hidden_in_fp32():
+        wanted = scaled.run_scaled_experts(x, gate, ids, *stacks)
+    assert error(found, wanted) < tolerance(torch.bfloat16)
 
 
 @pytest.mark.gpu
 def test_training_at_v3_widths_on_a_card():
     inputs = drawn("any", 300, 4, 2, 7168, 2048, device="cuda")
-    check_training("published", inputs, ON_A_CARD)
+    check_training("published", inputs)
     inputs = drawn("any", 300, 4, 2, 7168, 2048, torch.bfloat16, "cuda")
-    check_training("published", inputs, IN_BF16)
+    check_training("published", inputs)
 
 
 @pytest.mark.gpu
