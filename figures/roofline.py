@@ -60,7 +60,7 @@ def draw_roofline(machines: Sequence[Machine], points: Sequence[Point]) -> Figur
         for number, m in enumerate(machines):
             xs = [left, min(max(m.tflops / m.tb_s, left), right), right]
             ax.plot(xs, [_roof(m, x) for x in xs], DASHES[number % 4], lw=1.4,
-                    label=f"{m.name}: {m.tb_s:.3g} TB/s, {m.tflops:,.4g} TFLOP/s")  # fmt: skip
+                    label=f"{m.name}: {m.tb_s:.3g} TB/s, {_three(m.tflops)} TFLOP/s")  # fmt: skip
         for number, family in enumerate(families):
             for measured in (False, True):
                 these = [
@@ -82,6 +82,10 @@ def draw_roofline(machines: Sequence[Machine], points: Sequence[Point]) -> Figur
         ax.minorticks_off()
         fig.legend(loc="upper center", fontsize=8, ncols=2)
     return fig
+
+
+def _three(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _roof(m: Machine, intensity: float) -> float:

@@ -201,6 +201,11 @@ def test_names_on_the_roofline_do_not_cover_each_other(cpu, measured):
         assert ax.bbox.y0 <= box.y0 < box.y1 <= ax.bbox.y1, one
         for other, its in boxes.items():
             assert one is other or not box.overlaps(its), (one, other)
+        for line in ax.lines:
+            (x, low), (_, high) = ax.transData.transform(line.get_xydata())[[0, -1]]
+            upright = len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2
+            crosses = box.x0 < x < box.x1 and min(low, high) < box.y1 and box.y0 < max(low, high)
+            assert not (upright and crosses), one
 
 
 def access(program: tuple[int, int, int], name: str, offsets, kind: str = "load") -> Access:
