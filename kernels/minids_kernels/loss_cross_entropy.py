@@ -1,11 +1,12 @@
 """Cross-entropy of logits: each is read once, a row's largest and sum grow from chunk to chunk.
 
-    loss = sum over rows i   lse_i - x[i, t_i],   lse_i = m_i + ln sum over v of e^(x[i, v] - m_i)
-    dx[i, v] = d_loss (e^(x[i, v] - lse_i) - [v = t_i])
+    loss = sum over rows i   ln s_i + m_i - x[i, t_i],   s_i = sum over v of e^(x[i, v] - m_i)
+    dx[i, v] = d_loss (e^(x[i, v] - m_i) / s_i - [v = t_i])
 
-m is the row's largest number so far; where a chunk brings a larger one, the sum is multiplied by
-e^(old m - new m). Where rows are few, a row is cut into runs of chunks; a second kernel puts their
-sums together in order. No atomics: the same bits in every run.
+m is the row's largest number so far; where a chunk brings a larger one, s is multiplied by
+e^(old m - new m). Backward takes both: added up they would lose the digits of s beside a large m.
+Where rows are few, a row is cut into runs of chunks; a second kernel puts their sums together in
+order. No atomics: the same bits in every run.
 
 Letters  n rows, V columns (words of the vocabulary).
 Memory   logits [n, V] in any strides; a run's largest number and sum [runs, n] in FP32; d_logits in
@@ -103,9 +104,9 @@ def read(
 
 @triton.jit(do_not_specialize=["n", "V", "runs"])
 def finish(
-    largest, total, right, targets, lse, loss, n, V, runs, BLOCK: tl.constexpr
+    largest, total, right, targets, base, share, loss, n, V, runs, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Put runs together in order: each row's log-sum-exp and loss."""
+    """Put runs together in order: each row's largest number, one over its sum, and its loss."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < n
     most, added = tl.full((BLOCK,), -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -116,15 +117,17 @@ def finish(
         total += n
     target = tl.load(targets + rows, mask=inside, other=_IGNORED)
     is_word = (target >= 0) & (target < V)
-    sums = tl.where(is_word, most + tl.log2(added) * _LN_2, float("nan"))
-    tl.store(lse + rows, sums, mask=inside)
-    nats = sums - tl.load(right + rows, mask=inside & is_word, other=0.0)
+    added = tl.where(is_word, added, float("nan"))
+    tl.store(base + rows, most, mask=inside)
+    tl.store(share + rows, tl.div_rn(1.0, added), mask=inside)
+    nats = most - tl.load(right + rows, mask=inside & is_word, other=0.0)
+    nats += tl.log2(added) * _LN_2
     tl.store(loss + rows, tl.where(target == _IGNORED, 0.0, nats), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first"])
 def grad(
-    logits, out, targets, lse, d_loss, V, first, row_step, col_step, out_row, out_col,
+    logits, out, targets, base, share, d_loss, V, first, row_step, col_step, out_row, out_col,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one chunk of a row."""
@@ -134,7 +137,7 @@ def grad(
     inside, column = column < V, column.to(tl.int64)
     target = tl.load(targets + row)
     x = tl.load(logits + row * row_step + column * col_step, mask=inside, other=0.0)
-    y = tl.exp2((x.to(tl.float32) - tl.load(lse + row)) * _LOG2_E)
+    y = tl.exp2((x.to(tl.float32) - tl.load(base + row)) * _LOG2_E) * tl.load(share + row)
     y = tl.where(column + first == target, y - 1.0, y) * tl.load(d_loss)
     y = tl.where(target == _IGNORED, 0.0, y).to(out.dtype.element_ty)
     tl.store(out + row * out_row + column * out_col, y, mask=inside)
@@ -164,52 +167,55 @@ class Rows:
             chunk.BLOCK, num_warps=chunk.warps,
         )  # fmt: skip
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Return the sum of all losses, and each row's log-sum-exp: NaN where no word is right."""
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sum of all losses, and of each row the largest logit and 1 / s.
+
+        The last is NaN where the target is no word.
+        """
         n = len(self.targets)
-        lse, loss = torch.empty_like(self.right), torch.empty_like(self.right)
+        base, share, loss = (torch.empty_like(self.right) for _ in range(3))
         finish[(ceil_div(n, _STRETCH),)](
-            self.largest, self.total, self.right, self.targets, lse, loss,
+            self.largest, self.total, self.right, self.targets, base, share, loss,
             n, sum(self.widths), sum(self.runs), _STRETCH, num_warps=4,
         )  # fmt: skip
-        return loss.sum(), lse
+        return loss.sum(), base, share
 
 
 def write_gradient(
-    logits: Tensor, targets: Tensor, lse: Tensor, d_loss: Tensor, out: Tensor, first: int,
-    card: Card,
+    logits: Tensor, targets: Tensor, base: Tensor, share: Tensor, d_loss: Tensor, out: Tensor,
+    first: int, card: Card,
 ) -> None:  # fmt: skip
     """Write the gradient of logits, whose columns stand for the words from `first` on, to `out`."""
     n, V = logits.shape
     chunk = chosen(n, V, logits.itemsize, card)
     grad[(n * ceil_div(V, chunk.BLOCK),)](
-        logits, out, targets, lse, d_loss, V, first, *logits.stride(), *out.stride(),
+        logits, out, targets, base, share, d_loss, V, first, *logits.stride(), *out.stride(),
         chunk.BLOCK, num_warps=chunk.warps,
     )  # fmt: skip
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keep the logits and each row's log-sum-exp."""
+    """Keep the logits, and of each row its largest one and 1 / s."""
 
     @staticmethod
     def forward(ctx, logits, targets, in_place, card):
         with torch.cuda.device_of(logits):  # Triton launches on the current GPU
             rows = Rows(targets, [logits.shape[1]], logits.itemsize, card)
             rows.read(0, logits)
-            loss, lse = rows.finish()
-        ctx.save_for_backward(logits, targets, lse)
+            loss, base, share = rows.finish()
+        ctx.save_for_backward(logits, targets, base, share)
         ctx.in_place, ctx.card = in_place, card
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, targets, lse = ctx.saved_tensors
+        logits, targets, base, share = ctx.saved_tensors
         out = logits.detach() if ctx.in_place else torch.empty(
             logits.shape, dtype=logits.dtype, device=logits.device
         )  # fmt: skip
         with torch.cuda.device_of(logits):
-            write_gradient(logits, targets, lse, d_loss, out, 0, ctx.card)
+            write_gradient(logits, targets, base, share, d_loss, out, 0, ctx.card)
         if ctx.in_place:
             torch.autograd.graph.increment_version(logits)
         return out, None, None, None

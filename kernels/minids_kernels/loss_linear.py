@@ -89,7 +89,7 @@ class _Head:
 
 
 class _TargetSum(torch.autograd.Function):
-    """Keep hidden states, weight and each row's log-sum-exp."""
+    """Keep hidden states, weight, and of each row its largest logit and 1 / s."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype, card):
@@ -98,15 +98,15 @@ class _TargetSum(torch.autograd.Function):
             rows = Rows(targets, head.widths, dtype.itemsize, card)
             for part in range(len(head.widths)):
                 rows.read(part, head.logits(part)[0])
-            loss, lse = rows.finish()
-        ctx.save_for_backward(hidden, weight, targets, lse)
+            loss, base, share = rows.finish()
+        ctx.save_for_backward(hidden, weight, targets, base, share)
         ctx.dtype, ctx.card = dtype, card
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, targets, lse = ctx.saved_tensors
+        hidden, weight, targets, base, share = ctx.saved_tensors
         asks_hidden, asks_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden, dtype=torch.float32) if asks_hidden else None
         d_weight = torch.empty_like(weight) if asks_weight else None
@@ -114,7 +114,7 @@ class _TargetSum(torch.autograd.Function):
             head, first = _Head(hidden, weight, ctx.dtype, ctx.card), 0
             for part, width in enumerate(head.widths):
                 logits, of_part = head.logits(part)
-                write_gradient(logits, targets, lse, d_loss, logits, first, ctx.card)
+                write_gradient(logits, targets, base, share, d_loss, logits, first, ctx.card)
                 if d_hidden is not None:
                     multiply(logits, of_part, d_hidden, add=part > 0)
                 if d_weight is not None:
