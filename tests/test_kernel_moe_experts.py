@@ -43,7 +43,7 @@ RECIPES = {
 
 
 def drawn(
-    load="any", tokens=20, experts=4, k=2, width=48, hidden=40, dtype=torch.float32, device="cpu",
+    load="any", tokens=12, experts=3, k=1, width=48, hidden=40, dtype=torch.float32, device="cpu",
     seed=0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return ids, dy, and what is differentiated: x, gate and the weights."""
@@ -93,7 +93,7 @@ def test_equal_the_loop_and_its_gradients(load, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits_equal_the_loop_and_its_gradients(dtype, device):
-    check(*drawn(dtype=dtype, device=device))
+    check(*drawn(k=2, dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 4, 2), (5, 3, 3), (3, 1, 1)])
@@ -232,7 +232,7 @@ def hidden_in_fp32() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("load", ["all to one", "few of many"])
 def test_scaled_experts_equal_the_reference(load, device):
     ids, _, x, gate, *matrices = drawn(load, width=136, hidden=130, device=device)
     stacks = [blocks(w) for w in matrices]
@@ -273,9 +273,8 @@ def test_training_equals_the_reference(device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("load", LOADS)
-def test_training_by_every_recipe(load, name, device):
+@pytest.mark.parametrize(("load", "name"), list(zip(LOADS, RECIPES, strict=True)))
+def test_training_by_every_recipe_and_load(load, name, device):
     check_training(name, drawn(load, 9, 3, 1, 40, 24, device=device))
 
 
@@ -328,33 +327,32 @@ def test_bad_input_is_named(call, words, device):
 # Planted bugs
 
 
-def check_all(module: ModuleType) -> None:
-    check(*drawn(tokens=5, experts=2, width=24, hidden=16), module=module)
+def check_run(module: ModuleType) -> None:
+    check(*drawn(tokens=5, experts=2, k=2, width=24, hidden=16), module=module)
+
+
+def check_train(module: ModuleType) -> None:
     check_training("published", drawn("any", 5, 2, 2, 40, 24), module)
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("check", "old", "new"),
     [
-        ("d_out = grad_by_expert(dy, gated", "d_out = grad_by_expert(dy, d_halves[:, :16]"),
-        ("return slots.visit // slots.place.shape[1]", "return slots.visit"),
-        ("tiles = quantise(x, TILE, into.input_scale", "tiles = quantise(x, TILE, out.input_scale"),
-        ("COLUMN, out.grad_scale)", "COLUMN, None)"),
-        ("w_into_mT.values[:, n], w_into_mT.scale[:, n]", "w_into_mT.values[:, 0], "
-         "w_into_mT.scale[:, 0]"),
-        ("slots, dtypes[0], d_rows)", "slots, dtypes[0])"),
-        ("d_into[:, n])", "d_into[:, 1 - n])"),
-        ("columns(tiles, _tokens(slots), slots, into.input_scale)",
-         "columns(tiles, _tokens(slots), slots, None)"),
+        (check_run, "grad_by_expert(dy, gated", "grad_by_expert(dy, d_halves[:, :16]"),
+        (check_run, "return slots.visit // slots.place.shape[1]", "return slots.visit"),
+        (check_train, "COLUMN, out.grad_scale)", "COLUMN, None)"),
+        (check_train, "slots, dtypes[0], d_rows)", "slots, dtypes[0])"),
+        (check_train, "d_into[:, n])", "d_into[:, 1 - n])"),
+        (check_train, "slots, into.input_scale)", "slots, None)"),
+        (check_train, "(_every_second(halves, n) for", "(_every_second(halves, 1 - n) for"),
     ],
-    ids=["gated", "tokens", "input scale", "grad scale", "half", "sum of halves", "swapped",
-         "columns"],
-)  # fmt: skip
+    ids=["gated", "tokens", "grad scale", "sum of halves", "swapped", "columns", "up and gate"],
+)
 @pytest.mark.slow
-def test_planted_bug_is_caught(old, new):
+def test_planted_bug_is_caught(check, old, new):
     if not cards.interpreted():
         pytest.skip("NOT RUN: bugs are planted where the interpreter runs, on CPU")
-    assert_caught(moe_experts, check_all, old, new)
+    assert_caught(moe_experts, check, old, new)
 
 
 # Ring 2: all of it on tensors without memory; whoever waits for a number fails there
@@ -386,7 +384,7 @@ def on_meta(call: str, tokens: int, dtype: str = "bfloat16", D=7168, F=2048) -> 
 
 
 CALLS = [{"call": "run", "tokens": 4096}, {"call": "train", "tokens": 4096},
-         {"call": "scaled", "tokens": 64}, {"call": "scaled", "tokens": 4096}]  # fmt: skip
+         {"call": "scaled", "tokens": 64}]  # fmt: skip
 
 
 @pytest.mark.slow

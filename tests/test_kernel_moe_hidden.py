@@ -298,7 +298,7 @@ def on_meta(dtype: str, size: int, config: dict | None = None) -> None:
 def calls() -> list[dict]:
     found = [{"dtype": "bfloat16", "size": max(16, config.BLOCK_M), "config": config._asdict()}
              for config in CANDIDATES]  # fmt: skip
-    found += [{"dtype": "float32", "size": size} for size in (16, 128)]
+    found += [{"dtype": "float32", "size": 128}]
     return found
 
 
@@ -319,7 +319,9 @@ def test_hopper_runs_every_candidate_from_registers():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [card for card in CARDS if card != HOPPER], ids=str)
 def test_other_cards_compile(capability):
-    wanted = [{"dtype": "bfloat16", "size": 128}, {"dtype": "float32", "size": 128}]
+    wanted = [{"dtype": "bfloat16", "size": 128}]
+    if capability == (8, 9):
+        wanted.append({"dtype": "float32", "size": 128})
     for kernel, _ in compile_calls("test_kernel_moe_hidden", "on_meta", wanted, capability):
         assert kernel.spilled_bytes <= 8, kernel  # sm_120 keeps 8 bytes and never looks
         assert not kernel.instructions.get("LDL"), kernel

@@ -440,8 +440,9 @@ def test_hopper_runs_every_candidate_from_registers():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [card for card in CARDS if card != HOPPER], ids=str)
 def test_other_cards_compile(capability):
-    wanted = [{"call": "up"}, {"call": "up", "dtype": "float32"}, {"call": "groups"},
-              {"call": "columns"}]  # fmt: skip
+    wanted: list[dict] = [{"call": "up"}, {"call": "groups"}]
+    if capability == (8, 9):
+        wanted += [{"call": "up", "dtype": "float32"}, {"call": "columns"}]
     for call, (kernel,) in zip(
         wanted, compile_calls("test_kernel_moe_wgrad", "on_meta", wanted, capability), strict=True
     ):

@@ -160,8 +160,8 @@ class _ScaledExperts(torch.autograd.Function):
         w_out, w_out_mT = quantise_twice(w_down, BLOCK, BLOCK, out.scale_fmt)
         y = rows_by_expert(hidden, w_out, slots, dtype)
         assert halves is not None, "they were to be kept"
-        kept = [quantise(half, TILE, out.scale_fmt) for half in halves.unbind(1)]
-        pairs = (part for q in (tiles, *kept, w_into_mT, w_out_mT) for part in q[:2])
+        kept = quantise(halves.flatten(0, 1), TILE, out.scale_fmt)  # gate and up take turns
+        pairs = (part for q in (tiles, kept, w_into_mT, w_out_mT) for part in q[:2])
         ctx.save_for_backward(gate, y, *slots[:4], *pairs)
         ctx.recipes, ctx.dtypes = (into, out), (x.dtype, w_gate_up.dtype, w_down.dtype)
         return combine(y, gate, slots)
@@ -171,22 +171,20 @@ class _ScaledExperts(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, y, *rest = ctx.saved_tensors
         slots, (into, out), dtypes = Slots._make((*rest[:4], DEPTH)), ctx.recipes, ctx.dtypes
-        groups = (TILE, TILE, TILE, BLOCK, BLOCK)
-        pairs = zip(rest[4::2], rest[5::2], groups, strict=True)
-        tiles, gate_half, up_half, w_into_mT, w_out_mT = map(Scaled._make, pairs)
+        pairs = zip(rest[4::2], rest[5::2], (TILE, TILE, BLOCK, BLOCK), strict=True)
+        tiles, halves, w_into_mT, w_out_mT = map(Scaled._make, pairs)
         d_y, d_gate = spread(dy, y, gate, slots)
         assert d_gate is not None, "y was given"
         rows, d_columns = quantise_twice(d_y, out.grad_group, COLUMN, out.grad_scale)
         d_hidden = rows_by_expert(_by_tiles(rows), w_out_mT, slots, torch.float32)
-        d_gate_half, d_up_half, hidden = gated_backward(
-            d_hidden, gate_half, up_half, out.input_scale, dy.dtype
-        )
+        of_gate, of_up = (_every_second(halves, n) for n in (0, 1))
+        *d_halves, hidden = gated_backward(d_hidden, of_gate, of_up, out.input_scale, dy.dtype)
         d_out = grad_by_expert(d_columns, hidden.mT, slots, dtypes[2])
         x_columns = columns(tiles, _tokens(slots), slots, into.input_scale)
         E, _, D, F = w_into_mT.values.shape
         d_into = torch.empty((E, 2, F, D), dtype=dtypes[1], device=dy.device)
         d_rows = None
-        for n, d_half in enumerate((d_gate_half, d_up_half)):
+        for n, d_half in enumerate(d_halves):
             rows, d_columns = quantise_twice(d_half, into.grad_group, COLUMN, into.grad_scale)
             w = Scaled(w_into_mT.values[:, n], w_into_mT.scale[:, n], BLOCK)
             d_rows = rows_by_expert(_by_tiles(rows), w, slots, dtypes[0], d_rows)
@@ -199,6 +197,10 @@ class _ScaledExperts(torch.autograd.Function):
 def _tokens(slots: Slots) -> Tensor:
     """Return whose row stands in each slot; the number of tokens where it is empty."""
     return slots.visit // slots.place.shape[1]
+
+
+def _every_second(x: Scaled, first: int) -> Scaled:
+    return Scaled(x.values[first::2], x.scale[first::2], x.group)
 
 
 def _by_tiles(x: Scaled) -> Scaled:
