@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from minids.attention import Causal, causal_mask
 from minids.block import Block
 from minids.cache import Cache
-from minids.checks.inputs import check_ids, check_lengths
+from minids.checks import inputs
 from minids.config import Config
 from minids.fused.loss import IGNORED
 from minids.impl import use
@@ -126,8 +126,8 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the state after the final norm, for head and MTP; arguments as in forward."""
-        check_ids(ids, self.cfg.vocab_size)
-        lengths = check_lengths(ids, lengths)
+        inputs.check_ids(ids, self.cfg.vocab_size)
+        lengths = inputs.check_lengths(ids, lengths)
         if cache is not None and mask is not None:
             raise ValueError("a document mask and a cache do not go together: give one of them")
         phase, visible = self.positions(*ids.shape, cache=cache, documents=mask)
@@ -149,18 +149,14 @@ class Transformer(nn.Module):
     ) -> tuple[Complex[Tensor, "#B T R_half"], Bool[Tensor, "#B T S"] | Causal | None]:
         """Return the rotations of the next tokens and which keys they see (None: all of them)."""
         device = self.embed.device
-        if self.freq.dtype.itemsize < 4:
-            raise ValueError(f"positions were rounded to {self.freq.dtype}: cast with model.cast()")
         if cache is None:
             at = torch.arange(new_tokens, device=device)
             start, end = rearrange(at, "t -> 1 t"), new_tokens
         else:
-            if batch != len(cache.lengths):
-                raise ValueError(f"the cache has {len(cache.lengths)} rows, ids have {batch}")
+            inputs.check_rows(batch, cache.lengths)
             cache.reserve(new_tokens)
             start, end = cache.positions(new_tokens), max(cache.lengths) + new_tokens
-        if end > self.cfg.max_seq_len:
-            raise ValueError(f"{end} positions are more than max_seq_len = {self.cfg.max_seq_len}")
+        inputs.check_positions(end, self.cfg.max_seq_len, self.freq)
         phase = phases(start + offset, self.freq)
         if self.in_numbers:
             return phase, Causal(start[:, 0].expand(batch), documents)
@@ -182,15 +178,13 @@ class Transformer(nn.Module):
         Every sum over targets is divided by `n_targets`, by default the main model's (Eq. 24's T).
         `recompute` saves memory by running blocks again in backward; nothing is counted twice.
         """
-        check_ids(tokens, self.cfg.vocab_size)
-        if tokens.shape[1] < 2 + self.cfg.mtp_depth:
-            need = 2 + self.cfg.mtp_depth
-            raise ValueError(f"losses need at least {need} tokens a row, got {tokens.shape[1]}")
+        inputs.check_ids(tokens, self.cfg.vocab_size)
+        inputs.check_targets(tokens, self.cfg.mtp_depth)
         routed: list[Routed] = []
 
-        def run(module, *inputs):
+        def run(module, *given):
             call = partial(checkpoint, module, use_reentrant=False) if recompute else module
-            y, stats = call(*inputs, None, True)
+            y, stats = call(*given, None, True)
             routed.extend([stats] if stats else [])
             return y
 

@@ -44,12 +44,11 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "BT D"]:
         """Run each expert once on the rows of the tokens that chose it, sum each token's."""
         into, out = self.recipes if self.training else (None, None)
-        weights = (self.w_gate_up, self.w_down)
         if into is not None and out is not None:
-            return train_experts(x, gate, ids, *weights, into, out, self.impl)
+            return train_experts(x, gate, ids, self.w_gate_up, self.w_down, into, out, self.impl)
         if len(x) == 1 and self.impl == "torch":  # a decoded token has nothing to sort
             return one_token(x, gate, ids, lambda e: (self.w_gate_up[e], self.w_down[e]))
-        return run_experts(x, gate, ids, *weights, self.impl)
+        return run_experts(x, gate, ids, self.w_gate_up, self.w_down, self.impl)
 
 
 class MoE(nn.Module):

@@ -5,11 +5,19 @@ Dims    D any normalised width (model width, query latent, KV latent).
 Book    book/02_model.ipynb             Kernel  minids_kernels/norm_rms.py
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minids.impl import kernels
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Return a context in which what is computed on x keeps its dtype."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def at_least_fp32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -24,7 +32,8 @@ def rms_norm(
     if impl == "triton":
         return kernels().rms_norm(x, gain, eps)
     wide = at_least_fp32(x)
-    mean_square = torch.linalg.vecdot(wide, wide)[..., None] / wide.shape[-1]
+    with without_autocast(x):
+        mean_square = torch.linalg.vecdot(wide, wide)[..., None] / wide.shape[-1]
     return gain * (wide * (mean_square + eps).rsqrt()).to(x.dtype)
 
 

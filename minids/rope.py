@@ -71,7 +71,6 @@ def rotate(
         return kernels().rotate(x, phase)
     # Complex views refuse odd storage offsets, of a slice here or of its gradient: both are copied.
     pairs = at_least_fp32(x).unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)
-    if x.ndim == 4:
-        phase = phase[:, :, None]  # of all heads
+    phase = phase[:, :, None] if x.ndim == 4 else phase  # of all heads
     turned = 1.0 * torch.view_as_real(torch.view_as_complex(pairs) * phase)
     return turned.flatten(-2).to(x.dtype)

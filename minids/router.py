@@ -8,7 +8,6 @@ Differs scores are FP32 whatever the model's dtype, and the normaliser adds 1e-2
         both): sixteen-bit scores tie, and a sum of underflowed sigmoids is 0.
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from minids.balance import expert_load
 from minids.config import Config
 from minids.impl import kernels
-from minids.norm import at_least_fp32
+from minids.norm import at_least_fp32, without_autocast
 
 
 class Routes(NamedTuple):
@@ -85,8 +84,7 @@ class Router(nn.Module):
     def forward(self, x: Float[Tensor, "BT D"]) -> Routes:
         """Return each token's K gate weights, the experts they belong to, all scores, the load."""
         cfg = self.cfg
-        half = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if half else nullcontext():
+        with without_autocast(x):
             logit = F.linear(at_least_fp32(x), at_least_fp32(self.centroids))  # u_t . e_i
         best = min(2, cfg.experts_per_group) if cfg.group_score == "top2" else 1
         limits = (cfg.n_expert_groups, cfg.n_limited_groups, best, cfg.n_activated_experts)

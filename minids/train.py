@@ -29,6 +29,7 @@ from minids.data import Packed
 from minids.evaluate import check_tokenizer
 from minids.files.hf import to_hf
 from minids.files.resume import Position, append_line, load_state, save_state
+from minids.impl import kernels
 from minids.loss import count_targets
 from minids.model import Transformer
 from minids.schedule import Rates, Schedule
@@ -52,7 +53,11 @@ def make_optimizer(model: Transformer) -> AdamW:
     decay = [weight for weight in model.parameters() if weight.ndim > 1]
     keep = [weight for weight in model.parameters() if weight.ndim == 1]
     groups = [dict(params=decay, weight_decay=0.1), dict(params=keep, weight_decay=0.0)]
-    optimizer = AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    how = dict(lr=0.0, betas=(0.9, 0.95))
+    if model.impl == "triton":
+        moments = torch.bfloat16 if model.cfg.precision == "fp8" else torch.float32
+        return kernels().AdamW(groups, **how, moments=moments)
+    optimizer = AdamW(groups, **how, fused=True)
     if model.cfg.precision == "fp8":
         optimizer.register_step_pre_hook(lambda self, *_: _cast_moments(self, torch.float32))
         optimizer.register_step_post_hook(lambda self, *_: _cast_moments(self, torch.bfloat16))

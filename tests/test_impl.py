@@ -10,11 +10,19 @@ import fp8_loop
 import pytest
 import torch
 from test_fp8 import RECIPES, draw, to_numpy
+from torch.nn import ModuleList
 
 from minids import Transformer, fp8, preset
+from minids.attention import Attention
+from minids.block import Block
+from minids.ffn import SwiGLU
+from minids.impl import use
 from minids.linear import Linear
 from minids.mla import MLA
-from minids.moe import Experts
+from minids.moe import Experts, MoE
+from minids.mtp import MTP
+from minids.norm import RMSNorm
+from minids.router import Router
 from minids.train import make_optimizer
 
 pytest.importorskip("triton", reason="NOT RUN: kernels need Triton, made for Linux")
@@ -27,31 +35,31 @@ STEP = 2e-3
 FP8 = dict(precision="fp8")
 
 
+# what has a kernel; the others are made of these
+PARTS = (Attention, Experts, MLA, RMSNorm, Router, SwiGLU, Transformer)
+
+
 @pytest.mark.parametrize("changes", [{}, dict(q_lora_rank=0), dict(attn="gqa", mtp_depth=0)])
-def test_every_fp8_layer_is_switched_and_no_other(changes):
+def test_every_part_is_switched_and_back(changes):
     model = Transformer(preset("toy", **FP8, **changes), impl="triton")
     plain = Transformer(preset("toy", **FP8, **changes))
     for module, same in zip(model.modules(), plain.modules(), strict=True):
         if isinstance(module, Linear):
             assert (module.recipe is None) == (same.recipe is None)
             assert module.recipe is None or module.recipe == same.recipe._replace(impl="triton")
-        if isinstance(module, MLA):
+        whole = (*PARTS, Linear, MTP, MoE, Block, ModuleList)
+        assert isinstance(module, whole), "a part that use() forgets?"
+        if isinstance(module, PARTS):
             assert (module.impl, same.impl) == ("triton", "torch")
-        if isinstance(module, Experts):
-            for how, other in zip(module.recipes, same.recipes, strict=True):
-                assert how == other._replace(impl="triton")
+    use(model, "torch")
+    for module, same in zip(model.modules(), plain.modules(), strict=True):
+        assert getattr(module, "impl", None) == getattr(same, "impl", None)
+        assert getattr(module, "recipe", None) == getattr(same, "recipe", None)
 
 
 def test_a_name_that_is_no_implementation():
     with pytest.raises(ValueError, match="impl must be one of 'torch', 'triton', got 'cuda'"):
         Transformer(preset("toy"), impl="cuda")
-
-
-def test_a_model_without_a_layer_that_has_a_kernel():
-    """Or a reader would time torch and call it Triton."""
-    rule = "kernels for attn='mla' and precision='fp8', the model has neither: choose impl='torch'"
-    with pytest.raises(ValueError, match=rule):
-        Transformer(preset("toy", attn="gqa"), impl="triton")
 
 
 ALONE = """

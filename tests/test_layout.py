@@ -420,8 +420,11 @@ def unlike(reference: Callable, wrapper: Callable) -> str | None:
 def test_wrappers_have_the_signatures_of_their_references():
     """A kernel takes its reference's place without a word."""
     kernels = pytest.importorskip("minids_kernels", reason="NOT RUN: Triton is not installed here")
-    from minids import fp8, mla
+    from minids import fp8, loss, mla, norm, rope, router
+    from minids.experts import grouped, scaled, slots
     from minids.formats import groups
+    from minids.fused import norm as fused_norm
+    from minids.fused import swiglu
 
     wrappers = {
         name: getattr(kernels, name)
@@ -429,9 +432,11 @@ def test_wrappers_have_the_signatures_of_their_references():
         if inspect.isfunction(getattr(kernels, name))
     }
     del wrappers["interpreted"]  # a question, no kernel
+    modules = [groups, fp8, mla, norm, rope, router, loss, grouped, scaled, slots]
+    modules += [fused_norm, swiglu]
     assert set(wrappers) >= {"dequantise", "quantise", "quantise_twice", "scaled_matmul"}
     for name, wrapper in wrappers.items():
-        places = (getattr(module, name, None) for module in (groups, fp8, mla))
+        places = (getattr(module, name, None) for module in modules)
         reference = next(filter(None, places))
         assert unlike(reference, wrapper) is None, name
 

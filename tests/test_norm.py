@@ -76,3 +76,10 @@ def test_gain_starts_at_1_and_has_a_gradient():
     norm(torch.randn(2, 6)).sum().backward()
     assert norm.gain.grad is not None
     assert norm.gain.grad.all()
+
+
+def test_autocast_does_not_round_the_mean_square():
+    norm, x = RMSNorm(300, 1e-6), torch.randn(7, 300)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = norm(x)
+    assert torch.equal(inside, norm(x))

@@ -8,7 +8,7 @@ Book    book/10_generate.ipynb          Kernel  none
 import math
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -32,6 +32,27 @@ def check_lengths(ids, lengths) -> list[int] | None:
     if len(lengths) != batch or not all(1 <= length <= padded for length in lengths):
         raise ValueError(f"lengths must be {batch} numbers in 1..{padded}, got {lengths}")
     return lengths
+
+
+def check_rows(batch: int, held: list[int]) -> None:
+    """Raise ValueError unless the cache, which holds so many tokens a row, has the ids' rows."""
+    if batch != len(held):
+        raise ValueError(f"the cache has {len(held)} rows, ids have {batch}")
+
+
+def check_positions(end: int, limit: int, freq: Float[Tensor, " R_half"]) -> None:
+    """Raise ValueError for positions past the context, and for frequencies that were rounded."""
+    if freq.dtype.itemsize < 4:
+        raise ValueError(f"positions were rounded to {freq.dtype}: cast with model.cast()")
+    if end > limit:
+        raise ValueError(f"{end} positions are more than max_seq_len = {limit}")
+
+
+def check_targets(tokens: Int[Tensor, "B T1"], mtp_depth: int) -> None:
+    """Raise ValueError for rows too short to have a target at every depth."""
+    if tokens.shape[1] < 2 + mtp_depth:
+        got = f"{2 + mtp_depth} tokens a row, got {tokens.shape[1]}"
+        raise ValueError(f"losses need at least {got}")
 
 
 def check_options(model, prompt, new, temperature, top_p, stop_tokens, draft) -> None:

@@ -5,11 +5,14 @@ put in their place that hold blocks: quantise the input by tiles, multiply, as t
 """
 
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minids import fp8
+from minids import Transformer, fp8
 from minids.block import Block
 from minids.config import Config
 from minids.experts.scaled import run_scaled_experts
@@ -17,6 +20,27 @@ from minids.formats.groups import ACTIVATION_FLOOR, BLOCK, TILE, Scaled, dequant
 from minids.impl import use
 from minids.linear import Linear
 from minids.moe import Experts
+from minids.router import Router
+
+# a weight and its gradient in BF16, a turned FP8 copy that waits, another while products are made
+_TRAINED_BYTES = 2 + 2 + 1 + 0.5
+_ACTIVATION_BYTES = 8e9  # of 4,096 tokens; slots of visits may be twice as many as visits
+
+
+class Stack(NamedTuple):
+    """Layers behind each other; with what stands before and behind them, a whole model."""
+
+    cfg: Config
+    blocks: nn.ModuleList
+    model: Transformer | None = None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return the states before the layers: of words, their embeddings."""
+        return x if self.model is None else F.embedding(x, self.model.embed)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Return the states behind the layers, or the logits of each row's last word."""
+        return x if self.model is None else self.model.head(self.model.norm(x[:, -1:]))
 
 
 class Stored(nn.Module):
@@ -32,7 +56,7 @@ class Stored(nn.Module):
     @property
     def weight(self) -> Tensor:
         if self._wide is None:
-            self._wide = dequantise(self.blocks, torch.bfloat16, self.impl)
+            self._wide = dequantise(self.blocks, torch.bfloat16, impl=self.impl)
         return self._wide
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +76,7 @@ class StoredExperts(nn.Module):
         return run_scaled_experts(x, gate, ids, self.w_gate_up, self.w_down, impl=self.impl)
 
 
-def stored_layer(cfg: Config, device: str, impl: str = "triton") -> Block:
+def stored_layer(cfg: Config, device: str, impl: str = "triton") -> Stack:
     """Draw an MoE layer of this model in FP8; its matrices are never all in memory otherwise."""
     with torch.device("meta"):
         block = Block(cfg, cfg.n_dense_layers)
@@ -62,32 +86,54 @@ def stored_layer(cfg: Config, device: str, impl: str = "triton") -> Block:
             blocks = drawn(module.weight.shape, cfg.init_std, device, impl)
             setattr(parent, name.rpartition(".")[2], Stored(blocks, impl))
         elif isinstance(module, Experts):
-            stacks = (drawn(w.shape, cfg.init_std, device, impl) for w in module.parameters())
-            setattr(parent, name.rpartition(".")[2], StoredExperts(*stacks, impl))
-    return ready(block, cfg, device, impl)
+            into, out = (drawn(w.shape, cfg.init_std, device, impl) for w in module.parameters())
+            setattr(parent, name.rpartition(".")[2], StoredExperts(into, out, impl))
+    return ready(cfg, [block], device, impl)
 
 
-def trained_layer(cfg: Config, device: str, impl: str = "triton") -> Block:
-    """Draw an MoE layer that trains in FP8: one BF16 copy of each weight is all that is kept."""
+def trained_layer(cfg: Config, device: str, impl: str = "triton") -> Stack:
+    """Draw an MoE layer that trains in FP8, its weights in BF16.
+
+    Raises RuntimeError where gradients, FP8 copies and activations would not fit beside them.
+    """
     with torch.device("meta"):
-        block = Block(cfg, cfg.n_dense_layers).bfloat16()
-    return ready(block, cfg, device, impl)
+        block = Block(cfg, cfg.n_dense_layers)
+    n_weights = sum(weight.numel() for weight in block.parameters())
+    if device != "cpu":
+        need, free = _TRAINED_BYTES * n_weights + _ACTIVATION_BYTES, torch.cuda.mem_get_info()[0]
+        if need > free:
+            raise RuntimeError(
+                f"training needs about {need / 1e9:.0f} GB, {free / 1e9:.0f} are free"
+            )
+    return ready(cfg, [block], device, impl)
 
 
-def ready(block: Block, cfg: Config, device: str, impl: str) -> Block:
-    """Give what is still on the meta device memory and numbers; the router's bias stays FP32."""
-    block.to_empty(device=device)
+def whole_model(cfg: Config, device: str, impl: str = "triton") -> Stack:
+    """Draw a model in BF16."""
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    return ready(cfg, model.layers, device, impl, model)
+
+
+def ready(
+    cfg: Config,
+    blocks: Iterable[nn.Module],
+    device: str,
+    impl: str,
+    model: Transformer | None = None,
+) -> Stack:
+    """Give what is on the meta device memory and numbers in BF16; routers' biases stay FP32."""
+    stack = Stack(cfg, nn.ModuleList(blocks), model)
+    whole = stack.blocks if model is None else model
+    whole.bfloat16().to_empty(device=device)
     with torch.no_grad():
-        for name, weight in block.named_parameters():
-            if name.endswith("gain"):
-                weight.data = torch.ones_like(weight, dtype=torch.bfloat16)
-            else:
-                weight.data = weight.data.bfloat16().normal_(0.0, cfg.init_std)
-        for name, bias in block.named_buffers():
-            assert name.endswith("bias"), f"{name} has no rule"
-            bias.data = torch.zeros_like(bias, dtype=torch.float32)
-    use(block, impl)
-    return block
+        for name, weight in whole.named_parameters():
+            weight.fill_(1.0) if name.endswith("gain") else weight.normal_(0.0, cfg.init_std)
+        for module in whole.modules():
+            if isinstance(module, Router) and module.bias is not None:
+                module.bias = nn.Buffer(torch.zeros(cfg.n_routed_experts, device=device))
+    use(whole, impl)
+    return stack
 
 
 def drawn(shape: torch.Size, std: float, device: str, impl: str) -> Scaled:

@@ -66,7 +66,7 @@ def watched(layer: nn.Module) -> Iterator[list[Part]]:
 
 def _noted(parts: list[Part], name: str, module: nn.Module, given: tuple, result: Any) -> None:
     limit = LIMITS.get(type(module), ROUNDED)
-    parts.append(Part(name, partial(_by_torch, module, *given), result, limit))
+    parts.append(Part(name, partial(_leaf_by_torch, module, *given), result, limit))
 
 
 def _watched(parts: list[Part], name: str, function: Callable, *given: Any) -> Any:
@@ -79,7 +79,7 @@ def _watched(parts: list[Part], name: str, function: Callable, *given: Any) -> A
     return result
 
 
-def _by_torch(module: nn.Module, *given: Any) -> Any:
+def _leaf_by_torch(module: nn.Module, *given: Any) -> Any:
     """Call a leaf as torch computes it, then leave it as it was."""
     switch(module, "torch")
     try:
@@ -151,38 +151,44 @@ def _near(part: Part, pairs: list[tuple[Tensor, Tensor]]) -> Verdict:
     return gap.judge(part.limit)
 
 
-def layer_is_right(run: Callable[[], Any], layer: nn.Module, result: Any) -> Verdict:
-    """Run a layer once more, watched; its result must be the timed one's, bit by bit."""
-    with torch.no_grad(), watched(layer) as parts:
-        again = run()
-    if not torch.equal(again, result):
-        return Verdict("two runs on the same input differ", False)
-    return all_right(parts)
+def by_torch(prepare: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:
+    """Return the same call, computed by torch."""
+    call = prepare(*inputs)
+
+    def called() -> Any:
+        switch(call.stack.blocks, "torch")
+        try:
+            return call()
+        finally:
+            switch(call.stack.blocks, "triton")
+
+    return called
 
 
-def blocks_are_right(run: Callable[[], Any], blocks: nn.ModuleList, result: Any) -> Verdict:
-    """Compare the parts of one layer after the other: of a whole model only one is kept at a time."""
-    found: list[Verdict] = []
-    inside: list[Any] = []
+def blocks_are_right(run: Callable[[], Tensor], blocks: nn.ModuleList, result: Tensor) -> Verdict:
+    """Run once more and compare the parts of each layer; only one layer's are kept at a time.
+
+    The result must be that of the timed call, bit by bit.
+    """
+    found, watches = [], []
 
     def enter(block: nn.Module, given: tuple) -> None:
-        inside.append(watched(block))
-        found_parts.append(inside[-1].__enter__())
+        watch = watched(block)
+        watches.append((watch, watch.__enter__()))
 
     def leave(block: nn.Module, given: tuple, y: Any) -> None:
-        inside.pop().__exit__(None, None, None)
-        found.append(all_right(found_parts.pop()))
+        watch, parts = watches.pop()
+        watch.__exit__(None, None, None)
+        found.append(all_right(parts))
 
-    found_parts: list[list[Part]] = []
-    hooks = [hook for block in blocks for hook in (
-        block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]  # fmt: skip
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
     try:
-        with torch.no_grad():
-            again = run()
+        again = run()
     finally:
         for hook in hooks:
             hook.remove()
     if not torch.equal(again, result):
         return Verdict("two runs on the same input differ", False)
     wrong = [verdict for verdict in found if not verdict.right]
-    return wrong[0] if wrong else max(found, key=lambda verdict: verdict.error or 0.0)
+    return wrong[0] if wrong else max(found, key=lambda verdict: verdict.error)
