@@ -181,9 +181,8 @@ def _give_out(
     whose = tl.sum((end[None, :] <= (tile * SIZE)[:, None]).to(tl.int32), axis=1)
     owner = tl.where(tile * SIZE < tl.sum(owned, axis=0), whose, -1)
     tl.store(expert + tile, owner, mask=tile < P // SIZE)
-    filled = tl.gather(
-        first + load, tl.maximum(owner, 0), axis=0
-    )  # first empty slot; behind the end: less
+    # where its expert's empty slots begin; of expert 0, and so before all tiles behind the end
+    filled = tl.gather(first + load, tl.maximum(owner, 0), axis=0)
     p = (tile * SIZE)[:, None] + tl.arange(0, SIZE)[None, :]
     tl.store(
         visit + p, tl.full((TILES, SIZE), 0, tl.int32) + V, mask=(p >= filled[:, None]) & (p < P)

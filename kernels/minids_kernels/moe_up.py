@@ -61,7 +61,8 @@ CANDIDATES = (
     Up(16, 128, 128, 1, 8, warps=4, stages=3),
     Up(16, 128, 128, 1, 8, warps=4, stages=6),
     Up(16, 64, 128, 2, 8, warps=4, stages=5),
-    Up(32, 32, 128, 4, 16, warps=4, stages=2),
+    Up(32, 32, 128, 4, 16, warps=8, stages=2),
+    Up(16, 32, 128, 4, 8, warps=8, stages=2),
     Up(128, 128, 64, 1, 8, warps=8, stages=4),
     Up(128, 64, 64, 1, 8, warps=8, stages=4),
     Up(64, 64, 64, 1, 16, warps=4, stages=4),
@@ -76,11 +77,11 @@ def rule_of_thumb(size: int, itemsize: int, card: Card) -> Up:
     few = size == _SWAPPED
     if itemsize == 1:
         if not by_four_warps(card):
-            return CANDIDATES[3] if few else CANDIDATES[6]
+            return CANDIDATES[7 if few else 6]
         return CANDIDATES[3 if few else 0 if size == 128 else 1]
     if itemsize == 4 or not by_four_warps(card):
-        return CANDIDATES[12 if few else 11]
-    return CANDIDATES[10 if few else 7 if size == 128 else 9]
+        return CANDIDATES[13 if few else 12]
+    return CANDIDATES[11 if few else 8 if size == 128 else 10]
 
 
 def fits(config: Up, size: int, itemsize: int) -> bool:
