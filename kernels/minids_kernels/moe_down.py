@@ -159,8 +159,8 @@ def rows_by_expert(
     add = out is not None
     if out is None:
         out = torch.empty((P, N), dtype=dtype, device=rows.device)
-    if 0 in (P, N):
-        return out
+    if 0 in (P, N, K):
+        return out if add else out.zero_()
     config = _config(slots, N, K, len(weights), weights.itemsize, card)
     turned = w_scale is None and not describable(weights) and describable(weights.mT)
     weights = weights.mT if turned else weights
