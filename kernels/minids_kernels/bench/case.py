@@ -19,8 +19,14 @@ class Verdict(NamedTuple):
     error: float | None = None  # relative norm against FP64 of the same inputs
 
 
+_LESS = ("us", "percent_of_memory")  # measures of which less is better
+
+
 class Goal(NamedTuple):
-    """What a kernel should reach: `measure` is a property of Row, or "ratio" to a peer."""
+    """What a kernel should reach: `measure` is a property of Row, or "ratio" to a peer.
+
+    Of times and memory the number is the most that is allowed.
+    """
 
     measure: str
     at_least: float
@@ -33,6 +39,9 @@ class Goal(NamedTuple):
         Of two goals the one that is nearer to being reached comes first, and is the value's.
         """
         value, words = self._value(row), f"{self.at_least:g} {self._unit()}"
+        if self.measure in _LESS:
+            reached = None if value is None else value <= self.at_least
+            return {"goal": f"{words} at most", "value": value, "reached": reached}
         if self.instead is not None:
             other = self.instead.judge(row)
             theirs = other["value"]
@@ -51,6 +60,8 @@ class Goal(NamedTuple):
             "tb_s": "TB/s",
             "percent_of_copy": "% of the measured copy",
             "percent_of_bandwidth": "% of the datasheet's bandwidth",
+            "us": "µs",
+            "percent_of_memory": "% of all logits' memory",
             "ratio": f"x {self.peer}",
         }[self.measure]
 
@@ -71,6 +82,7 @@ class Case:
     goals: tuple[Goal, ...] = ()
     tokens: int = 0  # of a call, where it does a model's work
     layers: int = 0  # of the model, where a call is one of them
+    memory_bytes: int = 0  # what a plain implementation would need, where that is the point
 
 
 Cases = Callable[..., Iterator[Case]]  # a job, cheap to list: nothing is allocated yet
@@ -86,6 +98,7 @@ class Side:
     repeats: int = 0
     right: bool = False  # it ran, and its result is what it should be
     error: float | None = None
+    scratch_bytes: int | None = None  # on a GPU: the most that a call needs beside its results
     note: str = ""  # how its result compares, or why there is none
 
 
@@ -102,6 +115,7 @@ class Row:
     goals: tuple[Goal, ...]
     tokens: int = 0
     layers: int = 0
+    memory_bytes: int = 0
 
     @property
     def ours(self) -> Side:
@@ -138,6 +152,16 @@ class Row:
     @property
     def percent_of_bandwidth(self) -> float | None:
         return self._percent(self.work.memory_us(self.datasheet))
+
+    @property
+    def us(self) -> float | None:
+        return self.ours.us
+
+    @property
+    def percent_of_memory(self) -> float | None:
+        """Return what a call needs beside its results, of what a plain one would."""
+        needed = self.ours.scratch_bytes
+        return None if needed is None or not self.memory_bytes else 100 * needed / self.memory_bytes
 
     @property
     def tflops(self) -> float | None:
@@ -186,6 +210,8 @@ class Row:
             "tokens_per_s": self.tokens_per_s,
             "layers": self.layers,
             "model_us": self.model_us,
+            "memory_bytes": self.memory_bytes,
+            "percent_of_memory": self.percent_of_memory,
             "sides": {name: vars(side) for name, side in self.sides.items()},
             "ratios": {name: self.ratio(name) for name in self.peers},
             "goals": [goal.judge(self) for goal in self.goals],

@@ -11,8 +11,8 @@ from minids_kernels.bench.report import (
     JSON,
     MARKDOWN,
     NOTHING,
-    PEER_ERROR,
     number,
+    peer_error,
     table,
 )
 
@@ -176,7 +176,8 @@ def _results(row: dict[str, Any]) -> list[str]:
     side = ours[1]
     if side["us"] is None or not side["right"]:
         return [f"no result: {side['note']}", number(row["floor_us"]), *[NOTHING] * 4, row["run"]]
-    near = [(name, other) for name, other in peers if (other["error"] or 0.0) <= PEER_ERROR]
+    most = peer_error(side["error"])
+    near = [(name, other) for name, other in peers if (other["error"] or 0.0) <= most]
     timed = [(other["us"], name) for name, other in near if other["us"] is not None]
     peer = NOTHING
     if timed:

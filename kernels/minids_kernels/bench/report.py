@@ -13,14 +13,15 @@ from minids_kernels.bench.run import Report
 FORMAT = 1  # of bench.json
 JSON, MARKDOWN = "bench.json", "bench.md"
 NOTHING = "–"
-PEER_ERROR = 1e-2  # of a peer that counts: BF16 products round their operands too, to 2.9e-3
+# of a peer that counts: BF16 products round their operands too, to 2.9e-3; or ours and a bit more
+PEER_ERROR, AS_OURS = 1e-2, 1.1
 HOW_TO_READ = """\
 Times are medians, ± the 80th less the 20th percentile of all repeats, each side timed twice, on
 random numbers, caches cold, clocks warm. The floor is the least time by the card's datasheet; the
 ceiling is the least time by the copy and the plain product (FP8, or BF16 for attention) measured in
 this run. A ratio is a peer's time over ours: above 1 we are faster. Errors are relative norms
-against FP64 on the same inputs; rounding to BF16 alone gives 1.7e-3. "bit-equal" is with the
-reference. What a peer wants laid out otherwise (keys beside their rotary part, latents out of their
+against FP64 on the same inputs, of FP8 codes against torch's; rounding to BF16 alone gives 1.7e-3.
+"bit-equal" is with the reference. What a peer wants laid out otherwise (keys beside their rotary part, latents out of their
 pages) is laid out once and not timed."""
 
 
@@ -152,12 +153,18 @@ def terminal(report: Report) -> str:
 
 def best_peer(row: Row) -> tuple[str, float | None]:
     """Return the fastest peer whose result is near the right one, and its time over ours."""
-    sides = {name: side for name, side in row.peers.items() if (side.error or 0.0) <= PEER_ERROR}
+    most = peer_error(row.ours.error)
+    sides = {name: side for name, side in row.peers.items() if (side.error or 0.0) <= most}
     timed = [(side.us, name) for name, side in sides.items() if side.us is not None]
     if not timed:
         return "", None
     _, name = min(timed)
     return name, row.ratio(name)
+
+
+def peer_error(ours: float | None) -> float:
+    """Return the error up to which a peer counts, beside one of ours."""
+    return max(PEER_ERROR, AS_OURS * (ours or 0.0))
 
 
 def checked(side: Side) -> str:

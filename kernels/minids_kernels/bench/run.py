@@ -72,7 +72,7 @@ def measure(case: Case, bench: Bench, deadline: float, reached: Rates) -> Row:
     """Return the row of a case; a side that fails is a note in it, and so is one dropped."""
     torch.manual_seed(0)
     sides = {name: Side() for name in case.sides}
-    whole = (case.goals, case.tokens, case.layers)
+    whole = (case.goals, case.tokens, case.layers, case.memory_bytes)
     row = Row(case.job, case.name, case.work, sides, bench.datasheet, reached, *whole)
     drawn: list[tuple] = []
     if not attempt(row.ours, lambda: drawn.extend(draw(case, bench))):
@@ -104,11 +104,25 @@ def start(
 ) -> None:
     """Check what a side makes of a copy of the inputs, then prepare it for every set of them."""
     prepare = case.sides[name]
-    result = prepare(*duplicate(drawn[0]))()
+    call = prepare(*duplicate(drawn[0]))
+    result, side.scratch_bytes = with_memory(call) if case.memory_bytes else (call(), None)
+    del call
     side.right = True
     if case.check is not None:
         side.note, side.right, side.error = case.check(result, *drawn[0])
     calls[name] = [prepare(*inputs) for inputs in drawn]
+
+
+def with_memory(call: Call) -> tuple[Any, int | None]:
+    """Return a result, and on a GPU the most bytes that the second call had beside its result."""
+    result = call()
+    if not torch.cuda.is_available():
+        return result, None
+    del result  # the first call also compiled, and fetched what stays
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    return result, torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
 
 def time_once(timer: Timer, calls: list[Call], rounds: list[list[float]]) -> None:
