@@ -86,15 +86,15 @@ def test_example_by_hand(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 7, 40])
+@pytest.mark.parametrize("n", [1, 7])
 def test_equals_reference(n, dtype, device, small_parts):
-    inputs = draw(n, 500, 24, dtype, device)
+    inputs = draw(n, 200, 24, dtype, device)
     close(*run(*inputs), *inputs)
 
 
-@pytest.mark.parametrize("v", [1, 2, 127, 128, 129, 300])
+@pytest.mark.parametrize("v", [1, 2, 127, 128, 129])
 def test_any_number_of_words(v, device, small_parts):
-    inputs = draw(5, v, 16, device=device)
+    inputs = draw(3, v, 16, device=device)
     close(*run(*inputs, d_loss=-2.0), *inputs, -2.0)
 
 
@@ -115,7 +115,7 @@ def autocast(monkeypatch, dtype=torch.bfloat16) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast_chooses_the_dtype_of_products(dtype, device, monkeypatch, small_parts):
     """Gradients have the arguments' dtypes; the weight's, in FP32, are not rounded to BF16."""
-    hidden, weight, targets = draw(20, 300, 16, device=device)
+    hidden, weight, targets = draw(5, 100, 16, device=device)
     hidden = hidden.to(dtype)
     autocast(monkeypatch)
     loss, d_hidden, d_weight = run(hidden, weight, targets)
@@ -123,14 +123,14 @@ def test_autocast_chooses_the_dtype_of_products(dtype, device, monkeypatch, smal
     close(loss, d_hidden.float(), d_weight, *near, targets, dtype=torch.bfloat16)
     assert d_hidden.dtype == dtype
     assert not torch.equal(d_weight, d_weight.bfloat16().float())
-    twin = draw(20, 300, 16, torch.bfloat16, device)[1]
+    twin = draw(5, 100, 16, torch.bfloat16, device)[1]
     assert torch.equal(run(hidden, twin, targets)[0], loss)
     half = run(hidden, twin.half(), targets)[2]  # neither BF16 nor FP32: rounded twice
     assert half.dtype == torch.float16
 
 
 def test_operands_of_two_dtypes_meet_in_the_wider(device, small_parts):
-    hidden, weight, targets = draw(6, 200, 16, torch.bfloat16, device)
+    hidden, weight, targets = draw(6, 70, 16, torch.bfloat16, device)
     loss, d_hidden, d_weight = run(hidden, weight.float(), targets)
     assert (d_hidden.dtype, d_weight.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(loss, run(hidden.float(), weight.float(), targets)[0])
@@ -140,7 +140,7 @@ def test_operands_of_two_dtypes_meet_in_the_wider(device, small_parts):
 
 def test_incoming_gradient_is_there_before_rounding(device, small_parts):
     """FP16, with a loss scale: words so unlikely that FP16 has no number for their gradient."""
-    hidden, weight, targets = draw(8, 400, 16, torch.float16, device)
+    hidden, weight, targets = draw(5, 100, 16, torch.float16, device)
     hidden = hidden * 3
     scale = 2.0**12
     close(*run(hidden, weight, targets, d_loss=scale), hidden, weight, targets, scale)
@@ -148,7 +148,7 @@ def test_incoming_gradient_is_there_before_rounding(device, small_parts):
 
 @pytest.mark.parametrize("asks", ["hidden", "weight", "neither"])
 def test_makes_the_gradients_that_are_asked_for(asks, device, monkeypatch, small_parts):
-    hidden, weight, targets = draw(6, 200, 16, device=device)
+    hidden, weight, targets = draw(6, 70, 16, device=device)
     loss, d_hidden, d_weight = run(hidden, weight, targets)
     products = []
     multiply = loss_linear.multiply
@@ -169,7 +169,7 @@ def test_makes_the_gradients_that_are_asked_for(asks, device, monkeypatch, small
 
 
 def test_no_target_and_no_token(device, small_parts):
-    hidden, weight, targets = draw(6, 200, 16, device=device)
+    hidden, weight, targets = draw(6, 70, 16, device=device)
     loss, d_hidden, d_weight = run(hidden, weight, torch.full_like(targets, IGNORED))
     assert (loss.item(), d_hidden.any().item(), d_weight.any().item()) == (0, False, False)
     hidden, weight = hidden[:0].requires_grad_(), weight.requires_grad_()
@@ -180,9 +180,9 @@ def test_no_target_and_no_token(device, small_parts):
     assert not weight.grad.any()
 
 
-@pytest.mark.parametrize("target", [-1, 200, 2**40])
+@pytest.mark.parametrize("target", [-1, 70, 2**40])
 def test_target_outside_of_the_vocabulary_is_nan(target, device, small_parts):
-    hidden, weight, targets = draw(6, 200, 16, device=device)
+    hidden, weight, targets = draw(6, 70, 16, device=device)
     expected = run(hidden, weight, targets)[1]
     targets[1] = target
     loss, d_hidden, _ = run(hidden, weight, targets)
@@ -193,13 +193,13 @@ def test_target_outside_of_the_vocabulary_is_nan(target, device, small_parts):
 
 @pytest.mark.parametrize("layout", ["transposed", "rows 3 apart", "every second column"])
 def test_any_strides(layout, device, small_parts):
-    hidden, weight, targets = draw(6, 200, 16, device=device)
+    hidden, weight, targets = draw(6, 70, 16, device=device)
     inputs = laid_out(hidden, layout), laid_out(weight, layout), targets
     close(*run(*inputs), hidden, weight, targets)
 
 
-@settings(max_examples=10)
-@given(st.integers(1, 20), lengths(400), st.integers(1, 40), st.sampled_from(DTYPES))
+@settings(max_examples=8)
+@given(st.integers(1, 7), lengths(140), st.integers(1, 40), st.sampled_from(DTYPES))
 def test_random_shapes(device, n, v, d, dtype):
     inputs = draw(n, v, d, dtype, device, seed=v)
     with pytest.MonkeyPatch.context() as patch:
@@ -208,7 +208,7 @@ def test_random_shapes(device, n, v, d, dtype):
 
 
 def test_two_runs_are_bitwise_equal(device, small_parts):
-    inputs = draw(20, 300, 16, torch.bfloat16, device)
+    inputs = draw(7, 100, 16, torch.bfloat16, device)
     bitwise_equal(lambda: tuple(x.detach() for x in run(*inputs)))
 
 
@@ -327,7 +327,7 @@ def test_parts_of_v3_by_hand():
 )
 def test_bad_input_is_named(call, words, device):
     with pytest.raises(ValueError, match=f"target_sum: {words}"):
-        call(*draw(6, 200, 16, device=device))
+        call(*draw(6, 70, 16, device=device))
 
 
 # Bugs that the tests above would see
@@ -337,7 +337,7 @@ def check(module) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_TILE", 16)
         for dtype in (torch.float32, torch.bfloat16):
-            inputs = draw(16, 300, 24, dtype)
+            inputs = draw(5, 90, 24, dtype)
             close(*run(*inputs, module, 2.0), *inputs, 2.0)
         hidden, weight, _ = draw(256, 2048, 2048 * WIDTH // WORDS)
         for states in (torch.float32, torch.bfloat16):

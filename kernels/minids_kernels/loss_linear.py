@@ -71,18 +71,22 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 
 class _Head:
-    """The words in parts, and memory for the logits of one."""
+    """The words in parts; memory for the logits of one, and for its weight where that is cast."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype, card: Card):
-        self.hidden, self.dtype = hidden.to(dtype), dtype
+        self.hidden = hidden.to(dtype)
         self.weights = weight.split(part_words(hidden, weight, dtype, card))
         self.widths = [len(part) for part in self.weights]
-        size = len(hidden) * self.widths[0]
-        self.memory = torch.empty(size, dtype=dtype, device=hidden.device)
+        size, D = self.widths[0], hidden.shape[1]
+        self.memory = torch.empty(len(hidden) * size, dtype=dtype, device=hidden.device)
+        cast = weight.dtype != dtype
+        self.narrow = torch.empty((size, D), dtype=dtype, device=hidden.device) if cast else None
 
     def logits(self, part: int) -> tuple[Tensor, Tensor]:
-        """Return a part's logits, in the memory of the last one's, and its weight."""
-        weight, n = self.weights[part].to(self.dtype), len(self.hidden)
+        """Return a part's logits and its weight, in the memory of the last one's."""
+        weight, n = self.weights[part], len(self.hidden)
+        if self.narrow is not None:
+            weight = self.narrow[: len(weight)].copy_(weight)
         logits = self.memory[: n * len(weight)].view(n, len(weight))
         multiply(self.hidden, weight.mT, logits)
         return logits, weight
