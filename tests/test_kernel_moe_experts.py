@@ -393,7 +393,8 @@ def test_hopper_runs_all_of_it_from_registers():
     for call, launches in zip(
         CALLS, compile_calls("test_kernel_moe_experts", "on_meta", CALLS), strict=True
     ):
-        assert all(kernel.spilled_bytes == 0 for kernel in launches), (call, launches)
+        spilled = [kernel for kernel in launches if kernel.spilled_bytes]
+        assert not spilled, (call, spilled)
 
 
 # Ring 3: on a card

@@ -133,6 +133,7 @@ class _Experts(torch.autograd.Function):
         x, gate, w_gate_up, w_down, halves, *parts = ctx.saved_tensors
         slots = Slots._make((*parts, ctx.size))
         of_x, of_gate, _, of_into, of_out, *_ = ctx.needs_input_grad
+        dy = dy.contiguous()  # that of a sum is one number for all
         d_halves, gated, d_gate = hidden_gradients(dy, w_down, gate, halves, slots)
         d_halves, tokens = d_halves.flatten(1), _tokens(slots)
         dx = d_into = d_out = None

@@ -9,7 +9,7 @@ gradient of a visit's weight needs no experts' outputs, so none wait for backwar
 A tile adds its part of that over its columns; a second kernel adds the parts in order.
 
 Letters  M slots, N the hidden width F, K the model's width D, which is summed.
-Memory   dy [tokens, K] any strides; w_down [E, K, N] row-major, by descriptors; halves [M, 2, N];
+Memory   dy [tokens, K], w_down [E, K, N] and halves [M, 2, N] row-major, copied where they are not;
          parts FP32 [tiles of N, M].
 Grid     tiles of slots x tiles of N, in stripes of GROUP_M as in tiles.place: an expert's tiles are
          neighbours and share its weights in the L2 cache. Tiles of no expert end at once.
@@ -112,7 +112,7 @@ def take_apart(
 @triton.jit(do_not_specialize=["V", "tiles_m"])
 def hidden_backward(
     dy, w_desc, gate, halves, d_halves, gated, parts, visit, expert,
-    V, tiles_m, M, N, K, dy_row, dy_col, gate_row, gate_col,
+    V, tiles_m, M, N, K, dy_row, gate_row, gate_col,
     TOP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -125,14 +125,14 @@ def hidden_backward(
         filled = visits < V
         token = (visits // TOP).to(tl.int64)
         k = tl.arange(0, BLOCK_K)
-        rows = dy + token[:, None] * dy_row + k.to(tl.int64)[None, :] * dy_col
+        rows = dy + token[:, None] * dy_row + k[None, :]
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for begin in range(0, K, BLOCK_K):
             inside = filled[:, None] & (k < K - begin)[None, :]
             a = tl.load(rows, mask=inside, other=0.0)
             b = w_desc.load([e, begin, column * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
             sums = tl.dot(a, b, sums, input_precision="ieee")
-            rows += BLOCK_K * dy_col
+            rows += BLOCK_K
         at = token * gate_row + visits % TOP * gate_col
         weight = tl.load(gate + at, mask=filled, other=0.0).to(tl.float32)
         of_row = take_apart(
@@ -171,6 +171,7 @@ def hidden_gradients(
     d_gate = torch.empty((n_tokens, top), dtype=torch.float32, device=dy.device)
     if 0 in (M, N, K):
         return d_halves.zero_(), gated.zero_(), d_gate.zero_()
+    dy = described(dy)
     shape = (M, N, K, len(w_down), slots.size, dy.itemsize)
     tuned = configs.find("moe_hidden.Hidden", shape, card)
     config = Hidden(**tuned) if tuned else rule_of_thumb(slots.size, dy.itemsize, card)
@@ -183,7 +184,7 @@ def hidden_gradients(
             gate, TensorDescriptor.from_tensor(described(halves), columns),
             TensorDescriptor.from_tensor(d_halves, columns),
             TensorDescriptor.from_tensor(gated, columns[::2]), parts, slots.visit, slots.expert,
-            n_tokens * top, tiles_m, M, N, K, *dy.stride(), *gate.stride(), top, slots.size,
+            n_tokens * top, tiles_m, M, N, K, dy.stride(0), *gate.stride(), top, slots.size,
             config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.COLUMNS, config.GROUP_M,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
