@@ -181,8 +181,9 @@ CALLS = [
 ]
 
 
-def test_hopper_spills_nothing():
-    one, *three = compile_calls("test_kernel_moe_align", "launch", CALLS)
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_hopper_spills_nothing(n):
+    one, *three = compile_calls("test_kernel_moe_align", "launch", CALLS[:n])
     assert [kernel.kernel for kernel in one] == ["_give_out"]
     for launches in three:
         assert [kernel.kernel for kernel in launches] == ["_count", "_add_up", "_give_out"]

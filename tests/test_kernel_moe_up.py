@@ -222,7 +222,7 @@ def test_nothing_is_written_behind_the_last_expert(device):
         assert (bits(x) == POISON[x.dtype][1]).all()
 
 
-def test_offsets_past_2_to_the_31(device):
+def test_offsets_of_weights_past_2_to_the_31(device):
     """Three experts 2^30 codes apart: pages that nobody touches cost no memory."""
     if device != "cpu":
         pytest.skip("NOT RUN: 3 GiB for one number are the interpreter's to find")
@@ -231,6 +231,16 @@ def test_offsets_past_2_to_the_31(device):
     w = apart.as_strided(layer.w.values.shape, (2**30, 2048, 128, 1))
     w.view(torch.uint8).copy_(layer.w.values.view(torch.uint8))
     layer.w = Scaled(w, layer.w.scale, BLOCK)
+    layer.check()
+
+
+def test_offsets_of_rows_past_2_to_the_31(device):
+    """Rows of the input 2^27 numbers apart."""
+    if device != "cpu":
+        pytest.skip("NOT RUN: 8 GiB for a few numbers are the interpreter's to find")
+    layer = Layer((18, 2, 1, 16, 32), 16, torch.bfloat16)
+    apart = torch.empty(2**27 * 17 + 32, dtype=torch.bfloat16)
+    layer.x = apart.as_strided((18, 32), (2**27, 1)).copy_(layer.x)
     layer.check()
 
 

@@ -172,13 +172,13 @@ def gated(
             tl.store(to + halves_p // 2, up, mask=(f < F)[None, :])
         wide = gate.to(tl.float32)
         products += (wide * tl.sigmoid(wide) * up.to(tl.float32),)
+    product = _side_by_side(products, PARTS)
     first = column * PARTS * BLOCK_N
     if hidden_scale is None:
-        f = first + tl.arange(0, BLOCK_N)
+        f = first + tl.arange(0, PARTS * BLOCK_N)
         to = hidden + (p * hidden_p)[:, None] + f[None, :]
-        tl.store(to, products[0].to(KIND), mask=(f < F)[None, :])
+        tl.store(to, product.to(KIND), mask=(f < F)[None, :])
     else:
-        product = _side_by_side(products, PARTS)
         put_tiles(product, hidden, hidden_scale, p, first, P, F, hidden_p, least, STEPS, FP8)
 
 
