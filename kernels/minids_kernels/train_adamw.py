@@ -296,6 +296,8 @@ class AdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             for name in _MOMENTS:
                 state[name] = torch.zeros_like(weight, dtype=self.moments)
+        if state["step"].device != weight.device:  # as torch's has it where it is not fused
+            state["step"] = state["step"].to(weight.device)
         for name in _MOMENTS:  # a loaded state has them in the weight's dtype
             if state[name].dtype != self.moments or not _alike(weight, state[name]):
                 state[name] = torch.empty_like(weight, dtype=self.moments).copy_(state[name])
