@@ -60,6 +60,7 @@ class Goal(NamedTuple):
             "tb_s": "TB/s",
             "percent_of_copy": "% of the measured copy",
             "percent_of_bandwidth": "% of the datasheet's bandwidth",
+            "percent_of_floor": "% of the floor",
             "us": "µs",
             "percent_of_memory": "% of all logits' memory",
             "ratio": f"x {self.peer}",

@@ -16,6 +16,7 @@ _LAUNCHES = 200  # in a graph: its own launch, some 10 us, is then nothing to a 
 _REPLAYS = 15
 _REPEATS_MS = 60  # of a long call, in all
 CACHES = 5  # inputs rotate through this many times the L2 cache, so that each call finds it cold
+COPIES = 256  # of inputs at most: a few kilobytes stay in the cache, as behind what wrote them
 
 
 class Timer(Protocol):

@@ -24,11 +24,12 @@ from minids_kernels.bench.attention import Gap
 from minids_kernels.bench.case import Verdict
 from minids_kernels.bench.layer_parts import Stored, StoredExperts
 
-# relative norms. A result is rounded to BF16 by both: 1.7e-3 of sqrt(2) each, where both round
-# differently. Behind a second quantisation codes differ where the first results lay at a tie: one
-# in some hundred, by 2^-4; experts have such a one inside. Attention as its own job has it.
-ROUNDED, REQUANTISED, ATTENDED = 3e-3, 1e-2, 4e-3
-LIMITS = {StoredExperts: REQUANTISED, Experts: REQUANTISED, Router: ROUNDED}
+# relative norms. Both round a result to BF16: 1.7e-3 of sqrt(2) each, where they round differently.
+# Experts on FP8 have a quantisation inside, of hidden rows that torch rounds to BF16 before and
+# kernels do not: 3 % of the codes come out next to each other, 2^-3 to 2^-4 apart: 1.6e-2.
+# Attention as its own job has it. A whole layer's result by torch has all of that behind it.
+ROUNDED, REQUANTISED, ATTENDED, WHOLE = 3e-3, 2.5e-2, 4e-3, 5e-2
+LIMITS = {StoredExperts: REQUANTISED}
 _HEADS, _ROWS = 16, 8  # of attention's reference at a time
 
 
@@ -152,25 +153,26 @@ def _near(part: Part, pairs: list[tuple[Tensor, Tensor]]) -> Verdict:
 
 
 def by_torch(prepare: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:
-    """Return the same call, computed by torch."""
+    """Return the same call, computed by torch; it returns a tuple of one."""
     call = prepare(*inputs)
 
-    def called() -> Any:
+    def called() -> tuple[Any]:
         switch(call.stack.blocks, "torch")
         try:
-            return call()
+            return (call(),)  # so that a check sees whose result it is
         finally:
             switch(call.stack.blocks, "triton")
 
     return called
 
 
-def blocks_are_right(run: Callable[[], Tensor], blocks: nn.ModuleList, result: Tensor) -> Verdict:
+def blocks_are_right(run: Callable[[], Tensor], blocks: nn.ModuleList, result: Any) -> Verdict:
     """Run once more and compare the parts of each layer; only one layer's are kept at a time.
 
-    The result must be that of the timed call, bit by bit.
+    The result must be that of the timed call, bit by bit; torch's must be near it.
     """
-    found, watches = [], []
+    found: list[Verdict] = []
+    watches: list[Any] = []
 
     def enter(block: nn.Module, given: tuple) -> None:
         watch = watched(block)
@@ -181,6 +183,10 @@ def blocks_are_right(run: Callable[[], Tensor], blocks: nn.ModuleList, result: T
         watch.__exit__(None, None, None)
         found.append(all_right(parts))
 
+    if isinstance(result, tuple):
+        gap = Gap()
+        gap.add("the layer's result", result[0], run().double())
+        return gap.judge(WHOLE)
     hooks = [block.register_forward_pre_hook(enter) for block in blocks]
     hooks += [block.register_forward_hook(leave) for block in blocks]
     try:
@@ -191,4 +197,4 @@ def blocks_are_right(run: Callable[[], Tensor], blocks: nn.ModuleList, result: T
     if not torch.equal(again, result):
         return Verdict("two runs on the same input differ", False)
     wrong = [verdict for verdict in found if not verdict.right]
-    return wrong[0] if wrong else max(found, key=lambda verdict: verdict.error)
+    return wrong[0] if wrong else max(found, key=lambda verdict: verdict.error or 0.0)

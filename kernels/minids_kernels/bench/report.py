@@ -21,8 +21,8 @@ random numbers, caches cold, clocks warm. The floor is the least time by the car
 ceiling is the least time by the copy and the plain product (FP8, or BF16 for attention) measured in
 this run. A ratio is a peer's time over ours: above 1 we are faster. Errors are relative norms
 against FP64 on the same inputs, of FP8 codes against torch's; rounding to BF16 alone gives 1.7e-3.
-"bit-equal" is with the reference. What a peer wants laid out otherwise (keys beside their rotary part, latents out of their
-pages) is laid out once and not timed."""
+"bit-equal" is with the reference. What a peer wants laid out otherwise (keys beside their rotary
+part, latents out of their pages) is laid out once and not timed."""
 
 
 def save(report: Report, folder: Path) -> None:

@@ -9,14 +9,13 @@ from torch import Tensor
 from minids import router as reference
 from minids.balance import expert_load
 from minids_kernels import router_topk
-from minids_kernels.bench import pass_peers as others
 from minids_kernels.bench import passes
 from minids_kernels.bench.case import OURS, Case, Goal, Prepare, Verdict
 from minids_kernels.bench.floors import Work
 from minids_kernels.bench.shapes import V3_EXPERTS, Experts
 
 JOB = "router"
-TOPK = "torch.topk, compiled"  # of equal ones any may come first
+TOPK, COMPILED = "torch.topk", "torch.topk, compiled"  # of equal ones any may come first
 _GOAL, _MANY = Goal("us", 4), 1024  # tokens up to which it holds
 _GROUPS, _KEEP, _BEST, _SCALE = 8, 4, 2, 2.5
 # a score may be another unit in the last place than torch's, and so of two near experts the other
@@ -29,13 +28,13 @@ def cases(
     sizes: Experts = V3_EXPERTS,
     groups: int = _GROUPS,
 ) -> Iterator[Case]:
-    """Yield few tokens first; the reference is compiled nowhere: its count waits for the GPU."""
+    """Yield few tokens first."""
     how = (groups, min(_KEEP, groups), _BEST, sizes.k, True, _SCALE)
     for n in tokens:
         sides: dict[str, Prepare] = {
             OURS: passes.forward(router_topk.route, *how),
-            others.TORCH: passes.forward(reference.route, *how),
-            TOPK: passes.forward(by_topk, *how, compiled=True),
+            TOPK: passes.forward(by_topk, *how),
+            COMPILED: passes.forward(by_topk, *how, compiled=True),
         }
         per_token = 4 * sizes.experts * 2 + (4 + 8) * sizes.k  # logits, scores; weights, experts
         work = Work(n * per_token + (4 + 8) * sizes.experts)
@@ -53,7 +52,7 @@ def by_topk(
     logit: Tensor, bias: Tensor, groups: int, keep: int, best: int, k: int, normalise: bool,
     scale: float,
 ) -> reference.Routes:  # fmt: skip
-    """What others write: torch.topk thrice, and a count that does not wait."""
+    """The reference without its stable sorts, and with a count that does not wait for the GPU."""
     score = logit.sigmoid()
     choice = (score + bias).unflatten(-1, (groups, -1))
     kept = choice.topk(best, dim=-1).values.sum(-1).topk(keep, dim=-1).indices

@@ -93,10 +93,10 @@ def measure(case: Case, bench: Bench, deadline: float, reached: Rates) -> Row:
 
 
 def draw(case: Case, bench: Bench) -> list[tuple]:
-    """Return a case's inputs and as many copies as no cache can hold."""
+    """Return a case's inputs and as many copies as no cache can hold, or clock.COPIES in all."""
     inputs = case.inputs(bench.device)
     sets = math.ceil(clock.CACHES * bench.cache_bytes / case.work.moved_bytes)
-    return [inputs, *(duplicate(inputs) for _ in range(sets - 1))]
+    return [inputs, *(duplicate(inputs) for _ in range(min(sets, clock.COPIES) - 1))]
 
 
 def start(
