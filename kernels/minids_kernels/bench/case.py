@@ -99,8 +99,8 @@ class Side:
     repeats: int = 0
     right: bool = False  # it ran, and its result is what it should be
     error: float | None = None
-    scratch_bytes: int | None = None  # on a GPU: the most that a call needs beside its results
     note: str = ""  # how its result compares, or why there is none
+    scratch_bytes: int | None = None  # on a GPU: the most that a call needs beside its results
 
 
 @dataclass
