@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minids.formats.groups import COLUMN, TILE, dequantise, quantise
+from minids.formats.groups import COLUMN, TILE, Scaled, dequantise, quantise
 from minids.fused.norm import add_rms_norm, add_rms_norm_quantise, rms_norm_quantise
 from minids.fused.swiglu import gated_backward, gated_quantise, swiglu, swiglu_quantise
 from minids.norm import RMSNorm
@@ -62,3 +62,19 @@ def test_gradients_of_the_halves_are_autograds():
     for ours, theirs in zip(got, want, strict=True):
         assert (ours - theirs).norm() <= FP32 * theirs.norm()
     assert equal(hidden, quantise(swiglu(*wide).detach(), COLUMN, "ue8m0"))
+
+
+def test_what_kernels_return_is_what_the_references_return(interpreter):
+    """Annotations are checked in tests: a tuple of another module would not pass."""
+    pytest.importorskip("triton", reason="NOT RUN: kernels need Triton, made for Linux")
+    gate, up, gain = torch.randn(3, 130), torch.randn(3, 130), torch.ones(130)
+    for impl in ("torch", "triton"):
+        halves = gated_quantise(gate, up, impl=impl)
+        results = (
+            *halves,
+            swiglu_quantise(gate, up, impl=impl),
+            gated_backward(gate, *halves[1:], impl=impl)[2],
+            rms_norm_quantise(gate, gain, 1e-6, impl=impl),
+            add_rms_norm_quantise(gate, up, gain, 1e-6, impl=impl)[1],
+        )
+        assert all(type(part) is Scaled for part in results)

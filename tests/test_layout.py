@@ -63,6 +63,7 @@ NO_KERNEL_FILE = {
     "harness": "the tools of the kernels' tests",
     "bench": "the benchmark",
     "models": "whole models that compute by kernels",
+    "layer": "a whole layer, kernels/minids_kernels/bench/layer.py",
     "levels": "one product in eight levels, kernels/minids_kernels/levels",
 }
 KERNEL_LINES = 400

@@ -37,7 +37,7 @@ def rms_norm_quantise(
 ) -> Scaled:
     """Return the norm in FP8 by tiles; forward only."""
     if impl == "triton":
-        return kernels().rms_norm_quantise(x, gain, eps, scale_fmt, floor)
+        return Scaled(*kernels().rms_norm_quantise(x, gain, eps, scale_fmt, floor))
     return quantise(rms_norm(x, gain, eps), TILE, scale_fmt, floor)
 
 
@@ -52,6 +52,7 @@ def add_rms_norm_quantise(
 ) -> tuple[Float[Tensor, "*shape D"], Scaled]:
     """Return x + y and its norm in FP8 by tiles; forward only."""
     if impl == "triton":
-        return kernels().add_rms_norm_quantise(x, y, gain, eps, scale_fmt, floor)
+        total, codes = kernels().add_rms_norm_quantise(x, y, gain, eps, scale_fmt, floor)
+        return total, Scaled(*codes)
     total = x + y
     return total, rms_norm_quantise(total, gain, eps, scale_fmt, floor)

@@ -32,7 +32,7 @@ def swiglu_quantise(
 ) -> Scaled:
     """Return silu(gate) * up in FP8 by tiles."""
     if impl == "triton":
-        return kernels().swiglu_quantise(gate, up, scale_fmt, floor)
+        return Scaled(*kernels().swiglu_quantise(gate, up, scale_fmt, floor))
     return quantise(swiglu(gate, up), TILE, scale_fmt, floor)
 
 
@@ -49,7 +49,9 @@ def gated_quantise(
     `floor` is the product's alone: the least max-abs of a tile.
     """
     if impl == "triton":
-        return kernels().gated_quantise(gate, up, hidden_scale, halves_scale, floor)
+        parts = kernels().gated_quantise(gate, up, hidden_scale, halves_scale, floor)
+        hidden, gate_codes, up_codes = (Scaled(*part) for part in parts)
+        return hidden, gate_codes, up_codes
     hidden = quantise(swiglu(gate, up), TILE, hidden_scale, floor)
     return hidden, quantise(gate, TILE, halves_scale), quantise(up, TILE, halves_scale)
 
@@ -67,7 +69,8 @@ def gated_backward(
     All three come from the FP8 copies that waited (section 3.3.3).
     """
     if impl == "triton":
-        return kernels().gated_backward(d_hidden, gate, up, hidden_scale, dtype)
+        d_gate, d_up, again = kernels().gated_backward(d_hidden, gate, up, hidden_scale, dtype)
+        return d_gate, d_up, Scaled(*again)
     gate_wide, up_wide = dequantise(gate), dequantise(up)
     hidden = quantise(swiglu(gate_wide, up_wide), COLUMN, hidden_scale)
     sigmoid = gate_wide.sigmoid()

@@ -1,6 +1,7 @@
 """The command: time kernels, tune them, write the page that lists them.
 
 python -m minids_kernels.bench [JOB ...] --out FOLDER
+python -m minids_kernels.bench layer [MODEL ...] --out FOLDER
 python -m minids_kernels.bench tune [KERNEL ...] --out FOLDER
 python -m minids_kernels.bench readme
 """
@@ -8,6 +9,7 @@ python -m minids_kernels.bench readme
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from typer.core import TyperGroup
 
 from minids_kernels import configs
-from minids_kernels.bench import ceilings, readme, report, stamp, tune
+from minids_kernels.bench import ceilings, layer, readme, report, stamp, tune
 from minids_kernels.bench.clock import CudaTimer
 from minids_kernels.bench.floors import DATASHEETS, Rates
 from minids_kernels.bench.jobs import JOBS
@@ -100,6 +102,24 @@ def known(names: list[str], choices: dict) -> list[str]:
 def command_line() -> str:
     """Return how this program was called."""
     return shlex.join(["python", "-m", "minids_kernels.bench", *sys.argv[1:]])
+
+
+@app.command("layer")
+def measure_layers(
+    models: Annotated[list[str] | None, typer.Argument(help="v3, v2_lite; both.")] = None,
+    out: Out = Path("runs/layer"),
+    seconds: Annotated[float, typer.Option(help="In all; what it did not reach is named.")] = 540,
+) -> None:
+    """Run a whole V3 layer in FP8, and all of V2-Lite: prompts, a batch, forward and backward."""
+    names = tuple(known(models or list(layer.MODELS), dict.fromkeys(layer.MODELS)))
+    bench = replace(on_this_gpu(seconds), job_s=seconds)
+    found = Report(stamp.stamp(command_line()))
+    cases = {ceilings.JOB: list(ceilings.cases()), layer.JOB: list(layer.cases(names))}
+    code = follow(cases, bench, found, out)
+    typer.echo(report.terminal(found))
+    typer.echo("\n" + report.job_table([row for row in found.rows if row.job == layer.JOB]))
+    typer.echo(f"\n{out / report.MARKDOWN} and {report.JSON} beside it hold all of it")
+    raise typer.Exit(code)
 
 
 @app.command("tune")

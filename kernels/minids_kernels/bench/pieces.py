@@ -24,12 +24,13 @@ from minids_kernels.bench.attention import Gap
 from minids_kernels.bench.case import Verdict
 from minids_kernels.bench.layer_parts import Stored, StoredExperts
 
-# relative norms. Both round a result to BF16: 1.7e-3 of sqrt(2) each, where they round differently.
+# relative norms. Rounding to BF16 gives 1.7e-3. Of one step both round the result, mostly alike;
+# torch rounds within SwiGLU, and up to eight times within experts, where kernels do once.
 # Experts on FP8 have a quantisation inside, of hidden rows that torch rounds to BF16 before and
 # kernels do not: 3 % of the codes come out next to each other, 2^-3 to 2^-4 apart: 1.6e-2.
 # Attention as its own job has it. A whole layer's result by torch has all of that behind it.
-ROUNDED, REQUANTISED, ATTENDED, WHOLE = 3e-3, 2.5e-2, 4e-3, 5e-2
-LIMITS = {StoredExperts: REQUANTISED}
+ROUNDED, OFTEN, REQUANTISED, ATTENDED, WHOLE = 3e-3, 6e-3, 2.5e-2, 4e-3, 5e-2
+LIMITS = {StoredExperts: REQUANTISED, Experts: OFTEN}
 _HEADS, _ROWS = 16, 8  # of attention's reference at a time
 
 
@@ -75,7 +76,7 @@ def _watched(parts: list[Part], name: str, function: Callable, *given: Any) -> A
     *inputs, impl = given
     assert impl == "triton", f"{name} was not computed by a kernel"
     again = {"attend_expanded": _by_heads, "attend_latent": _by_rows}.get(name, _at_once)
-    limit = ATTENDED if name.startswith("attend") else ROUNDED
+    limit = {"rotate": ROUNDED, "swiglu": OFTEN}.get(name, ATTENDED)
     parts.append(Part(name, partial(again, function, *inputs), result, limit))
     return result
 
