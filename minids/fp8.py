@@ -177,8 +177,9 @@ class _GatedLinear(torch.autograd.Function):
         dy, _ = pack([grads[0]], "* o")
         rows, columns = quantise_twice(dy, how.grad_group, COLUMN, how.grad_scale, impl=how.impl)
         d_hidden = scaled_matmul(rows, w_mT, torch.float32, how.impl)
+        gate, up = halves
         kinds = (how.input_scale, ctx.dtypes[0], how.impl)
-        *halves, hidden = gated_backward(d_hidden, *halves, *kinds)  # the product is made again
+        *halves, hidden = gated_backward(d_hidden, gate, up, *kinds)  # the product is made again
         dw = scaled_matmul(columns, hidden.mT, torch.float32, how.impl)
         dx = (_unpack(half, ctx.shape) for half in halves)
         return *dx, dw.to(ctx.dtypes[1]), None, None

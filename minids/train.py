@@ -53,11 +53,10 @@ def make_optimizer(model: Transformer) -> AdamW:
     decay = [weight for weight in model.parameters() if weight.ndim > 1]
     keep = [weight for weight in model.parameters() if weight.ndim == 1]
     groups = [dict(params=decay, weight_decay=0.1), dict(params=keep, weight_decay=0.0)]
-    how = dict(lr=0.0, betas=(0.9, 0.95))
     if model.impl == "triton":
         moments = torch.bfloat16 if model.cfg.precision == "fp8" else torch.float32
-        return kernels().AdamW(groups, **how, moments=moments)
-    optimizer = AdamW(groups, **how, fused=True)
+        return kernels().AdamW(groups, lr=0.0, betas=(0.9, 0.95), moments=moments)
+    optimizer = AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
     if model.cfg.precision == "fp8":
         optimizer.register_step_pre_hook(lambda self, *_: _cast_moments(self, torch.float32))
         optimizer.register_step_post_hook(lambda self, *_: _cast_moments(self, torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Where the rows of routed experts lie: sorted by expert, each expert's first row at a tile's start.
+"""Where rows of routed experts lie: sorted by expert, each expert's first at the start of a tile.
 
 Layout  V = tokens x K visits stand in P slots. P is known without looking at the ids, so nothing
         waits for the GPU: each of at most V experts leaves less than one tile of `size` empty.

@@ -35,7 +35,8 @@ def run_experts(
 
 def _run(w_gate_up: Tensor, w_down: Tensor, visits: Tensor, load: Tensor) -> Tensor:
     halves = matmul_by_expert(visits, rearrange(w_gate_up, "e two f d -> e (two f) d"), load)
-    return matmul_by_expert(swiglu(*halves.chunk(2, dim=-1)), w_down, load)
+    gate, up = halves.chunk(2, dim=-1)
+    return matmul_by_expert(swiglu(gate, up), w_down, load)
 
 
 def by_expert(

@@ -45,5 +45,5 @@ def align(ids: Int[Tensor, "BT K"], experts: int, size: int) -> Slots:
     tiles = torch.arange(most // size, device=device) * size
     expert = torch.searchsorted(ends, tiles, right=True)
     expert = expert.where(tiles < ends[-1], -1)
-    parts = (visit, rearrange(place, "(bt k) -> bt k", k=ids.shape[1]), start, expert)
-    return Slots(*(part.int() for part in parts), size)
+    place = rearrange(place, "(bt k) -> bt k", k=ids.shape[1])
+    return Slots(visit.int(), place.int(), start.int(), expert.int(), size)
