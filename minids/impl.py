@@ -2,7 +2,7 @@
 
 Paper   none: both compute the same; what differs is named in the kernels' files.
 Dims    none.
-Book    book/04_mla.ipynb, book/11_fp8.ipynb               Kernel  minids_kernels
+Book    book/04_mla.ipynb, book/11_fp8.ipynb, book/12_kernels.ipynb     Kernel  minids_kernels
 """
 
 from types import ModuleType

@@ -384,7 +384,7 @@ def check(module) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("return max(floor, _SMALLEST)", "return _SMALLEST"),
+        ("return max(floor, SMALLEST)", "return SMALLEST"),
         ("(k < K)[None, :]\n    at = x", "(k <= K)[None, :]\n    at = x"),
         ("(j * 128 < K)[None, :])", "(j * 128 < K - 128)[None, :])"),
         ("by = scales[:, None]", "by = turned_by"),

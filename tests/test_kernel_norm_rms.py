@@ -405,7 +405,7 @@ def check(module) -> None:
         (".to(total.dtype.element_ty)\n", "\n"),
         ("    if g.dtype == rows.dtype:\n        norm = norm.to(rows.dtype)\n", ""),
         ("scale += batch", "scale += 0 * batch"),
-        ("max(quantised[1], _SMALLEST)", "_SMALLEST"),
+        ("max(quantised[1], SMALLEST)", "SMALLEST"),
         ("axis=1) * (1 / D) * r", "axis=1) * r"),
         ("        r = tl.where(m < M, r, 0.0)", "        r = r"),
         ("found += more.to(tl.float32)", "found = found"),

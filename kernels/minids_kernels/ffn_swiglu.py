@@ -29,13 +29,13 @@ from minids_kernels import cards, configs
 from minids_kernels.cards import Card
 from minids_kernels.e4m3 import divide, magnitude, scale_of, stored, to_e4m3
 from minids_kernels.fp8_quantise import (
-    _SMALLEST,
+    SMALLEST,
     TILE,
-    _allocated,
-    _steps,
+    allocated,
     put_tiles,
     put_words,
     quarter,
+    steps_of,
 )
 from minids_kernels.scaled import Scaled
 from minids_kernels.tiles import ceil_div
@@ -127,7 +127,7 @@ def gated_backward(
     card = cards.card(name, d_hidden, *gate[:2], *up[:2])
     (M, K), device = d_hidden.shape, d_hidden.device
     d_gate, d_up = (torch.empty((M, K), dtype=dtype, device=device) for _ in range(2))
-    turned = _allocated((K, M), TILE, device)
+    turned = allocated((K, M), TILE, device)
     if d_hidden.numel():
         found = configs.find("ffn_swiglu.Columns", (M, K, d_hidden.itemsize), card)
         config = Columns(**found) if found else Columns(64, 8)
@@ -137,8 +137,8 @@ def gated_backward(
                 stored(up.values, card.fp8), up.scale,
                 d_gate, d_up, stored(turned.values, card.fp8), turned.scale, M, K,
                 *d_hidden.stride(), *gate.values.stride(), *gate.scale.stride(),
-                *up.values.stride(), *up.scale.stride(), turned.values.stride(0), _SMALLEST,
-                _steps(torch.float32, hidden_scale), card.fp8,
+                *up.values.stride(), *up.scale.stride(), turned.values.stride(0), SMALLEST,
+                steps_of(torch.float32, hidden_scale), card.fp8,
                 config.BLOCK_K, num_warps=config.warps,
             )  # fmt: skip
     return d_gate, d_up, turned.mT
@@ -190,7 +190,7 @@ def _quantised(
     """Return silu(gate) * up by tiles and, with `halves`, gate and up so too."""
     card, shape = cards.card(name, gate, up), gate.shape
     M, K = math.prod(shape[:-1]), shape[-1]
-    found = [_allocated((M, K), TILE, gate.device) for _ in range(3 if halves else 1)]
+    found = [allocated((M, K), TILE, gate.device) for _ in range(3 if halves else 1)]
     if gate.numel():
         out = [part for y in found for part in (stored(y.values, card.fp8), y.scale)]
         rows = [x.reshape(M, K) for x in (gate, up)]
@@ -199,8 +199,8 @@ def _quantised(
             _multiply_quantise[(ceil_div(M, config.BLOCK_M), ceil_div(K, config.BLOCK_K))](
                 *rows, *out, *([] if halves else [None] * 4), M, K,
                 *rows[0].stride(), *rows[1].stride(), found[0].values.stride(0),
-                max(floor, _SMALLEST), _SMALLEST, _steps(torch.float32, hidden_scale),
-                _steps(gate.dtype, halves_scale), card.fp8,
+                max(floor, SMALLEST), SMALLEST, steps_of(torch.float32, hidden_scale),
+                steps_of(gate.dtype, halves_scale), card.fp8,
                 config.BLOCK_M, config.BLOCK_K, num_warps=config.warps,
             )  # fmt: skip
     return tuple(

@@ -29,7 +29,7 @@ from minids_kernels.scaled import Scaled
 TILE, BLOCK, COLUMN = (1, 128), (128, 128), (128, 1)  # rows x columns of a group
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODES = (torch.float8_e4m3fn, torch.bfloat16)  # E5M6 is kept in BF16
-_SMALLEST = 448 * torch.finfo(torch.float32).tiny  # below it a scale would not be normal
+SMALLEST = 448 * torch.finfo(torch.float32).tiny  # below it a scale would not be normal
 # what the square kernel writes, straight and turned
 _NOTHING, _LINES, _BLOCK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _WRITES = {None: 0, TILE: 1, COLUMN: 1, BLOCK: 2}
@@ -84,7 +84,7 @@ def quantise(
     if group == BLOCK:
         return _squares("quantise", x, None, BLOCK, None, scale_fmt, floor)[0]
     least, card = _checked("quantise", x, _DTYPES, scale_fmt, floor)
-    y = _allocated(x.shape, TILE, x.device)
+    y = allocated(x.shape, TILE, x.device)
     if x.numel():
         flat = x.reshape(-1, *x.shape[-2:])
         n, M, K = flat.shape
@@ -94,7 +94,7 @@ def quantise(
         with torch.cuda.device_of(x):
             _tiles[grid](
                 flat, stored(y.values, card.fp8), y.scale, M, K, *flat.stride(),
-                y.values.stride(-2), least, _steps(x.dtype, scale_fmt), card.fp8,
+                y.values.stride(-2), least, steps_of(x.dtype, scale_fmt), card.fp8,
                 config.BLOCK_M, config.BLOCK_K, num_warps=config.warps,
             )  # fmt: skip
     return y
@@ -148,9 +148,9 @@ def _squares(
     if x_scale is not None and x_scale.shape != (*x.shape[:-1], J):
         want, got = [*x.shape[:-1], J], list(x_scale.shape)
         raise ValueError(f"{kernel}: the scales of these tiles must be {want}, got {got}")
-    first = _allocated(x.shape, straight, x.device) if straight else None
+    first = allocated(x.shape, straight, x.device) if straight else None
     over = (turned[1], turned[0]) if turned else None  # the same group, of the transposed matrix
-    second = _allocated(x.mT.shape, over, x.device) if over else None
+    second = allocated(x.mT.shape, over, x.device) if over else None
     if not x.numel():
         return first, second
     flat = x.reshape(-1, *x.shape[-2:])
@@ -166,7 +166,7 @@ def _squares(
             M, K, *flat.stride(), *((0, 0, 0) if flat_scale is None else flat_scale.stride()),
             first.values.stride(-2) if first else 0, second.values.stride(-2) if second else 0,
             least, _WRITES[straight], _WRITES[turned],
-            _steps(torch.float32 if x_scale is not None else x.dtype, scale_fmt), card.fp8,
+            steps_of(torch.float32 if x_scale is not None else x.dtype, scale_fmt), card.fp8,
             BLOCK_K, num_warps=warps,
         )  # fmt: skip
     return first, second
@@ -193,7 +193,7 @@ def _checked(kernel, x: Tensor, dtypes, scale_fmt: str | None, floor: float) -> 
     if x.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{kernel}: x must be one of {names}, got {x.dtype}: convert it")
-    return max(floor, _SMALLEST), cards.card(kernel, x)
+    return max(floor, SMALLEST), cards.card(kernel, x)
 
 
 def _one_of(kernel: str, name: str, group: tuple[int, int], groups) -> None:
@@ -202,7 +202,7 @@ def _one_of(kernel: str, name: str, group: tuple[int, int], groups) -> None:
         raise ValueError(f"{kernel}: {name} must be one of {known}, got {group}")
 
 
-def _allocated(shape: Sequence[int], group: tuple[int, int], device: torch.device) -> Scaled:
+def allocated(shape: Sequence[int], group: tuple[int, int], device: torch.device) -> Scaled:
     """Return memory for a quantised matrix: rows every 16 bytes, scales of tiles by columns."""
     *batch, rows, cols = shape
     wide = torch.empty(*batch, rows, -(-cols // 16) * 16, dtype=_CODES[0], device=device)
@@ -214,7 +214,7 @@ def _allocated(shape: Sequence[int], group: tuple[int, int], device: torch.devic
     return Scaled(wide[..., :cols], scale, group)
 
 
-def _steps(dtype: torch.dtype, scale_fmt: str | None) -> int:
+def steps_of(dtype: torch.dtype, scale_fmt: str | None) -> int:
     """Return the STEPS of `divide`."""
     if scale_fmt:
         return 0

@@ -31,7 +31,7 @@ from minids_kernels import cards, configs
 from minids_kernels.cards import Card
 from minids_kernels.e4m3 import operand as in_dot
 from minids_kernels.e4m3 import stored
-from minids_kernels.fp8_quantise import _SMALLEST, TILE, _allocated, _steps, put_tiles
+from minids_kernels.fp8_quantise import SMALLEST, TILE, allocated, put_tiles, steps_of
 from minids_kernels.scaled import Scaled
 from minids_kernels.slots import Slots
 from minids_kernels.softmax import described, empty
@@ -221,7 +221,7 @@ def up(
     card = cards.card(_NAME, *(part for part in given if part is not None))
     _check(x, w_gate_up, slots, dtype, hidden_scale)
     P, (E, _, F, D) = len(slots.visit), w.shape
-    hidden = empty((P, F), w) if x_scale is None else _allocated((P, F), TILE, w.device)
+    hidden = empty((P, F), w) if x_scale is None else allocated((P, F), TILE, w.device)
     halves = torch.empty((P, 2, F), dtype=dtype, device=w.device) if keep else None
     if 0 in (P, F):
         return hidden, halves
@@ -238,9 +238,9 @@ def up(
             tiles_m, P, F, D, rows.stride(0),
             *((0, 0) if x_scale is None else x_scale.stride()),
             *((0, 0, 0, 0) if w_scale is None else w_scale.stride()),
-            out.stride(0), 2 * F, max(floor, _SMALLEST), slots.size,
+            out.stride(0), 2 * F, max(floor, SMALLEST), slots.size,
             config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.PARTS, config.GROUP_M,
-            KINDS[dtype], _steps(torch.float32, hidden_scale), card.fp8,
+            KINDS[dtype], steps_of(torch.float32, hidden_scale), card.fp8,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return hidden, halves

@@ -29,7 +29,7 @@ from minids_kernels.cards import Card
 from minids_kernels.e4m3 import divide, magnitude, scale_of, stored, to_e4m3
 from minids_kernels.e4m3 import operand as in_dot
 from minids_kernels.fp8_matmul import put
-from minids_kernels.fp8_quantise import _SMALLEST, TILE, _allocated, _steps, put_words, quarter
+from minids_kernels.fp8_quantise import SMALLEST, TILE, allocated, put_words, quarter, steps_of
 from minids_kernels.scaled import Scaled
 from minids_kernels.slots import Slots
 from minids_kernels.softmax import describable, described
@@ -201,15 +201,15 @@ def columns(x: Scaled, rows: Tensor, slots: Slots, scale_fmt: str | None = None)
     if x.group != TILE or slots.size != DEPTH:
         got = f"{x.group} and {slots.size}"
         raise ValueError(f"{name}: x must be in tiles of {TILE}, slots.size {DEPTH}, got {got}")
-    y = _allocated((K, P), TILE, x.values.device)
+    y = allocated((K, P), TILE, x.values.device)
     if 0 in (K, P):
         return y
     with torch.cuda.device_of(rows):  # Triton launches on the current GPU
         group_columns[(P // DEPTH, ceil_div(K, _COLUMNS))](
             stored(x.values, card.fp8), x.scale, rows, slots.expert,
             stored(y.values, card.fp8), y.scale, n_tokens, K, *x.values.stride(),
-            *x.scale.stride(), y.values.stride(0), _SMALLEST,
-            _steps(torch.float32, scale_fmt), card.fp8, _COLUMNS, num_warps=_WARPS,
+            *x.scale.stride(), y.values.stride(0), SMALLEST,
+            steps_of(torch.float32, scale_fmt), card.fp8, _COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
     return y
 

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from minids_kernels import cards, configs
 from minids_kernels.cards import Card
 from minids_kernels.e4m3 import stored
-from minids_kernels.fp8_quantise import _SMALLEST, TILE, _allocated, _steps, put_tiles
+from minids_kernels.fp8_quantise import SMALLEST, TILE, allocated, put_tiles, steps_of
 from minids_kernels.scaled import Scaled
 from minids_kernels.tiles import ceil_div
 
@@ -159,9 +159,9 @@ def _forward(
         norm = torch.empty(x.shape, dtype=dtype, device=x.device)
         out, scale, steps, codes_m, least = norm, None, 0, D, 0.0
     else:
-        norm = _allocated(x.shape, TILE, x.device)
-        out, scale, steps = stored(norm.values, card.fp8), norm.scale, _steps(dtype, quantised[0])
-        codes_m, least = out.stride(-2), max(quantised[1], _SMALLEST)
+        norm = allocated(x.shape, TILE, x.device)
+        out, scale, steps = stored(norm.values, card.fp8), norm.scale, steps_of(dtype, quantised[0])
+        codes_m, least = out.stride(-2), max(quantised[1], SMALLEST)
     if not x.numel():
         return total, norm
     flat, other = _rows(x), x if y is None else y

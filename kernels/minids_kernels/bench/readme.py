@@ -113,6 +113,9 @@ RINGS = (
      "PYTHONPATH=.:kernels python3 -m minids_kernels.bench --out FOLDER"),
     ("3 and 4 in one, under 9 minutes, offline, from a plain checkout", "an NVIDIA GPU",
      "make gpu OUT=FOLDER"),
+    ("a whole layer of V3 in FP8, 11.5 GB, and all of V2-Lite: a prompt, a batch, forward and "
+     "backward, every part compared with torch", "an NVIDIA GPU with 80 GB",
+     "PYTHONPATH=.:kernels python3 -m minids_kernels.bench layer --out FOLDER"),
     ("the tuner, which writes minids_kernels/configs.json", "an NVIDIA GPU",
      "PYTHONPATH=.:kernels python3 -m minids_kernels.bench tune --out FOLDER"),
 )  # fmt: skip
