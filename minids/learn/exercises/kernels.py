@@ -161,10 +161,7 @@ EXERCISES = (
         "FP32: $y_n = x_n\\, g_n / \\sqrt{\\mathrm{mean}(x^2) + \\varepsilon}$. `BLOCK` is the "
         "next power of two, for `tl.arange` takes no other; rows of `x` lie `stride` apart, those "
         "of `out` `N`. Read every number once: the row stays in registers.",
-        signature="""def rms_norm_kernel(
-    x, gain, out, N, stride, eps, BLOCK: tl.constexpr
-):
-""",
+        signature="def rms_norm_kernel(x, gain, out, N, stride, eps, BLOCK: tl.constexpr):\n",
         launcher="""def rms_norm(x, gain, eps):
     (M, N), block = x.shape, triton.next_power_of_2(x.shape[1])
     out = x.new_full((M, N), float("nan"))
@@ -210,9 +207,7 @@ EXERCISES = (
         "and `c` `[M, N]`, FP32. A program makes `BLOCK` x `BLOCK` numbers of `c`: along K it "
         "loads `BLOCK_K` columns of both at a time, multiplies by `tl.dot`, and adds in FP32. "
         "No size need be a multiple of a tile.",
-        signature="""def multiply_kernel(
-    a, b, c, M, N, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
-):
+        signature="""def multiply_kernel(a, b, c, M, N, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
 """,
         launcher="""def multiply(a, b):
     (M, K), N = a.shape, len(b)
@@ -274,9 +269,7 @@ EXERCISES = (
         "rows make the gate and the others the up-projection; `out` `[M, F]`, FP32, is "
         "silu(gate) * up, with silu(t) = t sigmoid(t). A program keeps two sums, both fed by the "
         "same tile of `x`, and neither is ever stored.",
-        signature="""def gate_up_kernel(
-    x, w, out, M, F, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
-):
+        signature="""def gate_up_kernel(x, w, out, M, F, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
 """,
         launcher="""def gate_up(x, w):
     (M, K), F = x.shape, len(w) // 2
@@ -337,10 +330,7 @@ EXERCISES = (
         "and id into one int64, so that a single `tl.max` settles both. The bits of a positive "
         "float are ordered as an integer is; those of a negative one backwards. "
         "Scores may be -inf; none is NaN or -0.",
-        signature="""def top_k_kernel(
-    score, ids, E, K: tl.constexpr, BLOCK: tl.constexpr
-):
-""",
+        signature="def top_k_kernel(score, ids, E, K: tl.constexpr, BLOCK: tl.constexpr):\n",
         launcher="""def top_k(score, k):
     (T, E), block = score.shape, triton.next_power_of_2(score.shape[1])
     ids = score.new_full((T, k), -1).long()
@@ -395,7 +385,7 @@ EXERCISES = (
         signature="""def scaled_kernel(
     a, b, a_scale, b_scale, out, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
 """,
         launcher="""def scaled_multiply(a, b):
     (M, K), N = a.values.shape, len(b.values)
@@ -457,7 +447,7 @@ EXERCISES = (
         signature="""def few_kernel(
     x, w, part, M, N, K,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
 """,
         launcher="""def multiply_few(x, w, runs):
     (M, K), N = x.shape, len(w)
@@ -523,14 +513,12 @@ EXERCISES = (
         signature="""def attend_kernel(
     q, store, table, out, length, scale,
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr,
-):
+):  # fmt: skip
 """,
         launcher="""def attend(q, store, table, length, scale):
     (H, width), page = q.shape, store.shape[1]
     out = q.new_full((H, width - 16), float("nan"))
-    attend_kernel[(1,)](
-        q, store, table, out, length, scale, H, width - 16, 16, page
-    )
+    attend_kernel[(1,)](q, store, table, out, length, scale, H, width - 16, 16, page)
     return out
 """,
         properties=(
