@@ -207,8 +207,8 @@ EXERCISES = (
         "and `c` `[M, N]`, FP32. A program makes `BLOCK` x `BLOCK` numbers of `c`: along K it "
         "loads `BLOCK_K` columns of both at a time, multiplies by `tl.dot`, and adds in FP32. "
         "No size need be a multiple of a tile.",
-        signature="""def multiply_kernel(a, b, c, M, N, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-""",
+        signature="def multiply_kernel(a, b, c, M, N, K, BLOCK: tl.constexpr, "
+        "BLOCK_K: tl.constexpr):\n",
         launcher="""def multiply(a, b):
     (M, K), N = a.shape, len(b)
     c = a.new_full((M, N), float("nan")).float()
@@ -269,8 +269,8 @@ EXERCISES = (
         "rows make the gate and the others the up-projection; `out` `[M, F]`, FP32, is "
         "silu(gate) * up, with silu(t) = t sigmoid(t). A program keeps two sums, both fed by the "
         "same tile of `x`, and neither is ever stored.",
-        signature="""def gate_up_kernel(x, w, out, M, F, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-""",
+        signature="def gate_up_kernel(x, w, out, M, F, K, BLOCK: tl.constexpr, "
+        "BLOCK_K: tl.constexpr):\n",
         launcher="""def gate_up(x, w):
     (M, K), F = x.shape, len(w) // 2
     out = x.new_full((M, F), float("nan")).float()
