@@ -366,7 +366,7 @@ def _from_copies(
     for q in tl.static_range(4):
         rounded = to_e4m3(divide(quarters[q], scale, STEPS), FP8)
         words |= rounded.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * q)
-    put_words(words, turned, g, k, K, turned_k)
+    put_words(words, turned, g, 0, k, K, turned_k)
 
 
 @triton.jit

@@ -318,15 +318,15 @@ def _square(
             to = codes + ((batch * M + m + q) * codes_m)[:, None] + k[None, :]
             tl.store(to, rounded, mask=(m + q < M)[:, None] & (k < K)[None, :])
     if TURNED != _NOTHING:
-        put_words(words, turned + batch * K * turned_k, g, k, K, turned_k)
+        put_words(words, turned, g, batch * K, k, K, turned_k)
 
 
 @triton.jit
-def put_words(words, turned, g, k, K, turned_k):
-    """Store four codes a word [32, columns k]: row k of `turned` [K, M] from 128 g on."""
+def put_words(words, turned, g, first, k, K, turned_k):
+    """Store four codes a word [32, columns k] from 128 g on: rows `first` + k of `turned`."""
     w = g * 32 + tl.arange(0, 32)
     to = turned.to(tl.pointer_type(tl.int32), bitcast=True)
-    to += (k * (turned_k // 4))[:, None] + w[None, :]
+    to += ((first + k) * (turned_k // 4))[:, None] + w[None, :]
     tl.store(to, tl.trans(words), mask=(k < K)[:, None] & (w < turned_k // 4)[None, :])
 
 

@@ -187,7 +187,7 @@ def group_columns(
     for q in tl.static_range(4):
         rounded = to_e4m3(divide(quarters[q], by, STEPS), FP8)
         words |= rounded.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * q)
-    put_words(words, codes, g, k, K, codes_k)
+    put_words(words, codes, g, 0, k, K, codes_k)
 
 
 def columns(x: Scaled, rows: Tensor, slots: Slots, scale_fmt: str | None = None) -> Scaled:
