@@ -132,25 +132,25 @@ EXERCISES = (
             "at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK); x + at are BLOCK pointers.",
             "tl.load(x + at, mask=at < n), the same for y, then tl.store(out + at, sum, mask=...).",
         ),
-        solution="""    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = at < n  # the last tile may reach past the end
-    left = tl.load(x + at, mask=live)
-    right = tl.load(y + at, mask=live)
-    tl.store(out + at, left + right, mask=live)
+        solution="""    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = place < n  # the last tile may reach past the end
+    left = tl.load(x + place, mask=live)
+    right = tl.load(y + place, mask=live)
+    tl.store(out + place, left + right, mask=live)
 """,
         wrong={
             "no mask": (
-                ("x + at, mask=live", "x + at"),
-                ("y + at, mask=live", "y + at"),
+                ("x + place, mask=live", "x + place"),
+                ("y + place, mask=live", "y + place"),
                 ("right, mask=live", "right"),
             ),
             "only the store is masked": (
-                ("x + at, mask=live", "x + at"),
-                ("y + at, mask=live", "y + at"),
+                ("x + place, mask=live", "x + place"),
+                ("y + place, mask=live", "y + place"),
             ),
             "every program makes the first tile": ("tl.program_id(0) * BLOCK + ", ""),
-            "the last tile is left out": ("live = at < n", "live = at < n // BLOCK * BLOCK"),
-            "tiles overlap": ("left = tl", "left = tl.load(x + at, mask=live)\n    left = tl"),
+            "the last tile is left out": ("live = place < n", "live = place < n // BLOCK * BLOCK"),
+            "tiles overlap": ("left = tl", "left = tl.load(x + place, mask=live)\n    left = tl"),
         },
     ),
     _KernelExercise(
@@ -235,21 +235,21 @@ EXERCISES = (
         ),
         solution="""    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)[None, :]
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for begin in range(0, K, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)[None, :]
         left = tl.load(a + m * K + k, mask=(m < M) & (k < K), other=0.0)
         right = tl.load(b + n * K + k, mask=(n < N) & (k < K), other=0.0)
-        sums += tl.dot(left, right.T)
+        total += tl.dot(left, right.T)
     # n names rows of b, which are columns of c
-    tl.store(c + m * N + n.T, sums, mask=(m < M) & (n.T < N))
+    tl.store(c + m * N + n.T, total, mask=(m < M) & (n.T < N))
 """,
         wrong={
             "K's last tile unmasked": (
                 ("(m < M) & (k < K)", "m < M"),
                 ("(n < N) & (k < K)", "n < N"),
             ),
-            "the last step alone": ("sums += tl.dot", "sums = tl.dot"),
+            "the last step alone": ("total += tl.dot", "total = tl.dot"),
             "the sum in FP16": (
                 ("BLOCK), tl.float32)", "BLOCK), tl.float16)"),
                 ("tl.dot(left, right.T)", "tl.dot(left, right.T).to(tl.float16)"),
@@ -294,8 +294,8 @@ EXERCISES = (
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     gate = tl.zeros((BLOCK, BLOCK), tl.float32)
     up = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)[None, :]
+    for begin in range(0, K, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)[None, :]
         inside = (f < F) & (k < K)
         left = tl.load(x + m * K + k, mask=(m < M) & (k < K), other=0.0)
         gate += tl.dot(left, tl.load(w + f * K + k, mask=inside, other=0.0).T)
@@ -413,7 +413,7 @@ EXERCISES = (
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     G = tl.cdiv(K, 128)
     block_row = tl.program_id(1) * BLOCK_N // 128
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for g in range(G):
         k = g * 128 + tl.arange(0, 128)[None, :]
         left = tl.load(a + m * K + k, mask=(m < M) & (k < K), other=0.0)
@@ -421,13 +421,13 @@ EXERCISES = (
         rows = tl.load(a_scale + m * G + g, mask=m < M, other=0.0)
         block = tl.load(b_scale + block_row * G + g)
         # tl.dot starts from zero: this is the promotion every 128 products
-        sums += tl.dot(left, right.T) * rows * block
-    tl.store(out + m * N + n.T, sums, mask=(m < M) & (n.T < N))
+        total += tl.dot(left, right.T) * rows * block
+    tl.store(out + m * N + n.T, total, mask=(m < M) & (n.T < N))
 """,
         wrong={
             "scaled at the end": (
                 ("tl.dot(left, right.T) * rows * block", "tl.dot(left, right.T)"),
-                ("n.T, sums, mask", "n.T, sums * rows * block, mask"),
+                ("n.T, total, mask", "n.T, total * rows * block, mask"),
             ),
             "a row of scales for each tile": ("* BLOCK_N // 128", "* 1"),
             "the first row's scale for all": ("a_scale + m * G + g", "a_scale + m * 0 + g"),
@@ -474,20 +474,20 @@ EXERCISES = (
         solution="""    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m = tl.arange(0, BLOCK_M)[:, None]
     run, runs, tiles = tl.program_id(1), tl.num_programs(1), tl.cdiv(K, BLOCK_K)
-    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
         k = tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
         weights = tl.load(w + n * K + k, mask=(n < N) & (k < K), other=0.0)
         tokens = tl.load(x + m * K + k, mask=(m < M) & (k < K), other=0.0)
-        sums += tl.dot(weights, tokens.T)  # the long side is the weight's
+        total += tl.dot(weights, tokens.T)  # the long side is the weight's
     # an empty run stores its zeros: the launcher adds all runs
     to = part + run * M * N + m * N + n.T
-    tl.store(to, sums.T, mask=(m < M) & (n.T < N))
+    tl.store(to, total.T, mask=(m < M) & (n.T < N))
 """,
         wrong={
             "stored as it was made": (
                 ("m * N + n.T", "n * M + m.T"),
-                ("sums.T, mask=(m < M) & (n.T < N)", "sums, mask=(m.T < M) & (n < N)"),
+                ("total.T, mask=(m < M) & (n.T < N)", "total, mask=(m.T < M) & (n < N)"),
             ),
             "every run takes all of K": (
                 "range(run * tiles // runs, (run + 1) * tiles // runs)",
