@@ -13,7 +13,7 @@ from torch import nn
 from minids.linear import Linear
 from minids.mla import MLA
 from minids.rope import ramp_bounds, rotate
-from minids.router import Router
+from minids.router import Router, Routes
 
 # router
 
@@ -22,9 +22,9 @@ class BiasedGate(Router):
     """Weighs the chosen experts by their biased scores."""
 
     def forward(self, x):
-        _, ids, score = super().forward(x)
+        _, ids, score, load = super().forward(x)
         gate = (score + self.bias).gather(-1, ids)
-        return self.cfg.route_scale * gate / gate.sum(-1, keepdim=True), ids, score
+        return Routes(self.cfg.route_scale * gate / gate.sum(-1, keepdim=True), ids, score, load)
 
 
 class BiasInsideSigmoid(Router):

@@ -57,7 +57,7 @@ def route(cls: type[Router], logits: list[float], bias: list[float] | None = Non
         module.centroids[:, 0] = torch.tensor(logits)
         if bias is not None:
             module.bias.copy_(torch.tensor(bias))
-        gate, ids, score = module(torch.ones(1, 1))
+        gate, ids, score = module(torch.ones(1, 1))[:3]
     return dict(zip(ids[0].tolist(), gate[0].tolist(), strict=True)), score[0].tolist()
 
 
@@ -81,7 +81,7 @@ def property_dropped_groups_stay_dropped(limit_groups):
     module = draw(Router(cfg))
     module.bias.fill_(-1.5)  # every biased score is negative
     with mock.patch.object(router, "limit_groups", limit_groups):
-        _, ids, score = module(torch.randn(50, cfg.dim))
+        _, ids, score = module(torch.randn(50, cfg.dim))[:3]
     worth = (score + module.bias).unflatten(-1, (4, 8)).topk(2).values.sum(-1)
     kept = worth.topk(cfg.n_limited_groups).indices.tolist()
     for picks, groups in zip(ids.tolist(), kept, strict=True):

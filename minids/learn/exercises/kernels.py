@@ -236,8 +236,8 @@ EXERCISES = (
         solution="""    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for begin in range(0, K, BLOCK_K):
-        k = begin + tl.arange(0, BLOCK_K)[None, :]
+    for offset in range(0, K, BLOCK_K):
+        k = offset + tl.arange(0, BLOCK_K)[None, :]
         left = tl.load(a + m * K + k, mask=(m < M) & (k < K), other=0.0)
         right = tl.load(b + n * K + k, mask=(n < N) & (k < K), other=0.0)
         total += tl.dot(left, right.T)
@@ -294,8 +294,8 @@ EXERCISES = (
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     gate = tl.zeros((BLOCK, BLOCK), tl.float32)
     up = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for begin in range(0, K, BLOCK_K):
-        k = begin + tl.arange(0, BLOCK_K)[None, :]
+    for offset in range(0, K, BLOCK_K):
+        k = offset + tl.arange(0, BLOCK_K)[None, :]
         inside = (f < F) & (k < K)
         left = tl.load(x + m * K + k, mask=(m < M) & (k < K), other=0.0)
         gate += tl.dot(left, tl.load(w + f * K + k, mask=inside, other=0.0).T)
